@@ -1,0 +1,1 @@
+"""Structures, neighbour graphs, line graphs and batches of them."""

@@ -1,0 +1,167 @@
+"""Batches: graphs of several structures as one graph without edges between them, and their labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from matris.graph.build import Graph
+from matris.graph.structure import Labels
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TensorFields:
+    """A frozen dataclass whose fields are all tensors."""
+
+    def to(self, device: torch.device | str):
+        """The same batch on another device."""
+        moved = {field.name: getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)}
+        return type(self)(**moved)
+
+    def pin_memory(self):
+        """The same batch in page-locked memory."""
+        return type(self)(**{field.name: getattr(self, field.name).pin_memory() for field in fields(self)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphBatch(_TensorFields):
+    """Structures of a batch. N atoms, E directed edges, E/2 undirected edges, A angles, G structures.
+
+    Attributes:
+        numbers: (N,) int64 atomic numbers.
+        positions: (N, 3) float64, Angstrom.
+        cell: (G, 3, 3) float64, lattice vectors as rows, Angstrom.
+        structure_index: (N,) int64 structure of each atom.
+        atoms_per_structure: (G,) int64.
+        edge_target, edge_source: (E,) int64 atoms, sorted by target.
+        edge_image: (E, 3) int64 lattice translation of the source.
+        edge_undirected: (E,) int64; undirected_edge: (E/2,) int64 (see `Graph`).
+        angle_target_edge, angle_source_edge: (A,) int64 directed edges a and b, sorted by a.
+        angle_target, angle_source: (A,) int64 undirected edges of a and b, the nodes of the line graph.
+        angle_center: (A,) int64 common target atom.
+    """
+
+    numbers: Tensor
+    positions: Tensor
+    cell: Tensor
+    structure_index: Tensor
+    atoms_per_structure: Tensor
+    edge_target: Tensor
+    edge_source: Tensor
+    edge_image: Tensor
+    edge_undirected: Tensor
+    undirected_edge: Tensor
+    angle_target_edge: Tensor
+    angle_source_edge: Tensor
+    angle_target: Tensor
+    angle_source: Tensor
+    angle_center: Tensor
+
+    @property
+    def num_structures(self) -> int:
+        return len(self.atoms_per_structure)
+
+    @property
+    def num_atoms(self) -> int:
+        return len(self.numbers)
+
+    @property
+    def num_edges(self) -> int:
+        return len(self.edge_target)
+
+    @property
+    def num_angles(self) -> int:
+        return len(self.angle_target)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelBatch(_TensorFields):
+    """Labels of a batch, float64; entries whose mask is False are zero and must not be read.
+
+    Attributes:
+        energy: (G,) eV; energy_mask: (G,) bool.
+        forces: (N, 3) eV/A; forces_mask: (G,) bool.
+        stress: (G, 3, 3) eV/A^3; stress_mask: (G,) bool.
+        magmoms: (N,) Bohr magnetons; magmoms_mask: (G,) bool.
+    """
+
+    energy: Tensor
+    energy_mask: Tensor
+    forces: Tensor
+    forces_mask: Tensor
+    stress: Tensor
+    stress_mask: Tensor
+    magmoms: Tensor
+    magmoms_mask: Tensor
+
+
+def collate_graphs(graphs: Sequence[Graph]) -> GraphBatch:
+    """Join graphs into one batch; indices are shifted, nothing else changes."""
+    if not graphs:
+        raise ValueError("a batch needs at least one structure")
+    atoms = np.array([graph.num_atoms for graph in graphs])
+    edges = np.array([graph.num_edges for graph in graphs])
+    atom_offset = np.cumsum(atoms) - atoms
+    edge_offset = np.cumsum(edges) - edges
+
+    def join(name: str, offsets: np.ndarray) -> np.ndarray:
+        return np.concatenate([getattr(graph, name) + offset for graph, offset in zip(graphs, offsets, strict=True)])
+
+    edge_target = join("edge_target", atom_offset)
+    edge_undirected = join("edge_undirected", edge_offset // 2)
+    angle_target_edge = join("angle_target_edge", edge_offset)
+    angle_source_edge = join("angle_source_edge", edge_offset)
+    structures = [graph.structure for graph in graphs]
+    arrays = {
+        "numbers": np.concatenate([structure.numbers for structure in structures]),
+        "positions": np.concatenate([structure.positions for structure in structures]),
+        "cell": np.stack([structure.cell for structure in structures]),
+        "structure_index": np.repeat(np.arange(len(graphs)), atoms),
+        "atoms_per_structure": atoms,
+        "edge_target": edge_target,
+        "edge_source": join("edge_source", atom_offset),
+        "edge_image": np.concatenate([graph.edge_image for graph in graphs]),
+        "edge_undirected": edge_undirected,
+        "undirected_edge": join("undirected_edge", edge_offset),
+        "angle_target_edge": angle_target_edge,
+        "angle_source_edge": angle_source_edge,
+        "angle_target": edge_undirected[angle_target_edge],
+        "angle_source": edge_undirected[angle_source_edge],
+        "angle_center": edge_target[angle_target_edge],
+    }
+    return GraphBatch(**{name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()})
+
+
+def collate_labels(labels: Sequence[Labels], num_atoms: Sequence[int]) -> LabelBatch:
+    """Stack labels, with masks for the missing ones.
+
+    Args:
+        labels: one per structure.
+        num_atoms: atoms of each structure.
+    """
+
+    def per_atom(name: str, width: tuple[int, ...]) -> Tensor:
+        rows = [
+            np.zeros((count, *width)) if getattr(label, name) is None else np.asarray(getattr(label, name), np.float64)
+            for label, count in zip(labels, num_atoms, strict=True)
+        ]
+        return torch.from_numpy(np.concatenate(rows))
+
+    def mask(name: str) -> Tensor:
+        return torch.tensor([getattr(label, name) is not None for label in labels])
+
+    stress = [np.zeros((3, 3)) if label.stress is None else label.stress for label in labels]
+    return LabelBatch(
+        energy=torch.tensor([label.energy or 0.0 for label in labels], dtype=torch.float64),
+        energy_mask=mask("energy"),
+        forces=per_atom("forces", (3,)),
+        forces_mask=mask("forces"),
+        stress=torch.from_numpy(np.stack(stress).astype(np.float64)),
+        stress_mask=mask("stress"),
+        magmoms=per_atom("magmoms", ()),
+        magmoms_mask=mask("magmoms"),
+    )

@@ -1,0 +1,154 @@
+"""From a structure to its graph: directed edges, undirected edges and the line graph. Pure numpy, no loop over atoms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import vesin
+
+from matris.graph.structure import Structure
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphSize:
+    """What a structure costs: atoms, directed edges and angles (ordered pairs of edges with a common centre)."""
+
+    num_atoms: int
+    num_edges: int
+    num_angles: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Graph:
+    """Edges and angles of one structure, index arrays of int64.
+
+    A directed edge points from a source (neighbour) to a target (centre). Each undirected edge has exactly two
+    directed ones. An angle joins two different directed edges with the same target, both at most
+    `three_body_cutoff` long; every pair appears in both orders.
+
+    Attributes:
+        structure: the structure itself.
+        edge_target, edge_source: (E,) atoms; edges are sorted by target.
+        edge_image: (E, 3) lattice translation n of the source: vector = r_target - (r_source + n cell).
+        edge_undirected: (E,) undirected edge of each directed one.
+        undirected_edge: (E/2,) first directed edge of each undirected one.
+        angle_target_edge, angle_source_edge: (A,) directed edges a and b of each angle, sorted by a.
+    """
+
+    structure: Structure
+    edge_target: np.ndarray
+    edge_source: np.ndarray
+    edge_image: np.ndarray
+    edge_undirected: np.ndarray
+    undirected_edge: np.ndarray
+    angle_target_edge: np.ndarray
+    angle_source_edge: np.ndarray
+
+    @property
+    def num_atoms(self) -> int:
+        return self.structure.num_atoms
+
+    @property
+    def num_edges(self) -> int:
+        return len(self.edge_target)
+
+    @property
+    def num_angles(self) -> int:
+        return len(self.angle_target_edge)
+
+
+def build_graph(structure: Structure, *, pairwise_cutoff: float, three_body_cutoff: float) -> Graph:
+    """Neighbour graph and line graph of a structure.
+
+    Args:
+        pairwise_cutoff: largest edge length, Angstrom. No cap on the number of neighbours.
+        three_body_cutoff: largest length of edges that form angles, Angstrom.
+
+    Raises:
+        ValueError: two atoms at the same place.
+    """
+    first, second, image, length = _half_neighbor_list(structure, pairwise_cutoff)
+    num_pairs = len(first)
+    target = np.concatenate([first, second])
+    source = np.concatenate([second, first])
+    images = np.concatenate([image, -image])
+    # A canonical order makes every sum over edges independent of how the neighbour list was found.
+    order = np.lexsort((images[:, 2], images[:, 1], images[:, 0], source, target))
+    pair_of_edge = np.concatenate([np.arange(num_pairs), np.arange(num_pairs)])[order]
+    # Undirected edges are numbered by the first of their two directed edges.
+    first_edge = np.full(num_pairs, 2 * num_pairs, dtype=np.int64)
+    np.minimum.at(first_edge, pair_of_edge, np.arange(2 * num_pairs))
+    rank_of_pair = np.empty(num_pairs, dtype=np.int64)
+    rank_of_pair[np.argsort(first_edge)] = np.arange(num_pairs)
+    edge_target = target[order]
+    short = np.nonzero(length[pair_of_edge] <= three_body_cutoff)[0]
+    angle_target_edge, angle_source_edge = _ordered_pairs(short, edge_target[short], structure.num_atoms)
+    return Graph(
+        structure=structure,
+        edge_target=edge_target,
+        edge_source=source[order],
+        edge_image=images[order],
+        edge_undirected=rank_of_pair[pair_of_edge],
+        undirected_edge=np.sort(first_edge),
+        angle_target_edge=angle_target_edge,
+        angle_source_edge=angle_source_edge,
+    )
+
+
+def count_graph(structure: Structure, *, pairwise_cutoff: float, three_body_cutoff: float) -> GraphSize:
+    """Sizes of the graph that `build_graph` would give, without building its angles."""
+    first, second, _, length = _half_neighbor_list(structure, pairwise_cutoff)
+    short = length <= three_body_cutoff
+    degree = np.bincount(np.concatenate([first[short], second[short]]), minlength=structure.num_atoms)
+    return GraphSize(
+        num_atoms=structure.num_atoms, num_edges=2 * len(first), num_angles=int((degree * (degree - 1)).sum())
+    )
+
+
+def _half_neighbor_list(
+    structure: Structure, cutoff: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Each pair of neighbours once: atoms (i, j), image of j, distance. Shapes (P,), (P,), (P, 3), (P,)."""
+    neighbors = vesin.NeighborList(cutoff=cutoff, full_list=False, n_threads=1)
+    i, j, image, length = neighbors.compute(
+        points=structure.positions,
+        box=_complete_cell(structure),
+        periodic=structure.pbc,
+        quantities="ijSd",
+    )
+    if len(length) and length.min() < 1e-3:
+        pair = int(length.argmin())
+        raise ValueError(
+            f"atoms {int(i[pair])} and {int(j[pair])} are {length[pair]:.1e} A apart (image {image[pair].tolist()}): "
+            "two atoms at the same place have no energy; remove the duplicate"
+        )
+    return i.astype(np.int64), j.astype(np.int64), image.astype(np.int64), length
+
+
+def _complete_cell(structure: Structure) -> np.ndarray:
+    """The cell with unit vectors, orthogonal to the periodic ones, in place of vectors that are not periodic.
+
+    A non-periodic lattice vector has no meaning for the neighbours, and may be zero or parallel to another one.
+    """
+    if structure.pbc.all():
+        return structure.cell
+    periodic = structure.cell[structure.pbc]
+    # Rows of the full V matrix beyond the rank span what the periodic vectors leave open.
+    _, _, directions = np.linalg.svd(periodic.reshape(-1, 3), full_matrices=True)
+    cell = np.empty((3, 3))
+    cell[structure.pbc] = periodic
+    cell[~structure.pbc] = directions[len(periodic) :]
+    return cell
+
+
+def _ordered_pairs(edges: np.ndarray, centers: np.ndarray, num_atoms: int) -> tuple[np.ndarray, np.ndarray]:
+    """All ordered pairs of different edges with the same centre. `edges` (M,) are sorted by `centers` (M,)."""
+    degree = np.bincount(centers, minlength=num_atoms)
+    start = np.cumsum(degree) - degree
+    partners = degree[centers]
+    first = np.repeat(np.arange(len(edges)), partners)
+    offset = np.arange(len(first)) - np.repeat(np.cumsum(partners) - partners, partners)
+    second = np.repeat(start[centers], partners) + offset
+    different = first != second
+    return edges[first[different]], edges[second[different]]
