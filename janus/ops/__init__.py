@@ -1,0 +1,1 @@
+"""Differentiable operations that keep little memory under double backward."""

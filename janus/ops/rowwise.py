@@ -1,0 +1,42 @@
+"""Running chains of element-wise operations on slices of rows that stay in cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+_SLICE_ELEMENTS = 1 << 16
+"""Elements of one slice of one tensor: a chain's dozen temporaries of this size fit in a core's second-level cache."""
+
+
+def map_rows(function: Callable[..., tuple[Tensor, ...]], rows: tuple[Tensor, ...], num_summed: int = 0):
+    """Apply a function that treats rows independently, slice by slice on CPU and at once elsewhere.
+
+    Temporaries of `function` are as large as a slice, so a chain of operations costs one pass over memory and no more
+    memory than its results. Not recorded by autograd: for use inside the forward of autograd functions.
+
+    Args:
+        function: from slices of `rows` to a tuple of tensors; the last `num_summed` of them are sums over the rows.
+        rows: tensors of equal first dimension (N, ...); the first one's size decides the slices.
+    Returns:
+        results over all rows, (N, ...), then the sums.
+    """
+    num_rows = rows[0].shape[0]
+    step = max(1, _SLICE_ELEMENTS // max(1, rows[0][:1].numel()))
+    if rows[0].device.type != "cpu" or num_rows <= step or torch.is_grad_enabled():
+        return function(*rows)
+    outputs: list[Tensor] = []
+    for start in range(0, num_rows, step):
+        parts = function(*(tensor[start : start + step] for tensor in rows))
+        num_mapped = len(parts) - num_summed
+        if not outputs:
+            outputs = [part.new_empty((num_rows, *part.shape[1:])) for part in parts[:num_mapped]]
+            outputs += [torch.zeros_like(part) for part in parts[num_mapped:]]
+        for index, part in enumerate(parts):
+            if index < num_mapped:
+                outputs[index][start : start + step] = part
+            else:
+                outputs[index] += part
+    return tuple(outputs)

@@ -1,0 +1,25 @@
+"""Sums over the rows that belong to a node."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def segment_sum(rows: Tensor, index: Tensor, num_segments: int) -> Tensor:
+    """out[k] = sum of `rows` whose `index` is k; the adjoint of `rows = out.index_select(0, index)`.
+
+    Args:
+        rows: (E, ...).
+        index: (E,) int64 in [0, num_segments).
+    Returns:
+        (num_segments, ...), zero where no row belongs.
+    """
+    return rows.new_zeros((num_segments, *rows.shape[1:])).index_add(0, index, rows)
+
+
+def segment_max(rows: Tensor, index: Tensor, num_segments: int) -> Tensor:
+    """Largest of the rows of each segment, detached, (num_segments, d); 0 where no row belongs."""
+    expanded = index[:, None].expand_as(rows)
+    return rows.new_zeros((num_segments, rows.shape[1])).scatter_reduce(
+        0, expanded, rows.detach(), reduce="amax", include_self=False
+    )

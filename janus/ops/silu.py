@@ -1,0 +1,53 @@
+"""SiLU whose first derivative keeps only its inputs for the second one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from janus.ops.rowwise import map_rows
+
+
+def silu(x: Tensor) -> Tensor:
+    """x sigmoid(x), any shape, differentiable any number of times.
+
+    torch's own SiLU records its backward as a chain of element-wise operations, each of which keeps its operands when
+    the force pass is recorded; this one keeps the input and the incoming gradient.
+    """
+    return _SiLU.apply(x)
+
+
+class _SiLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return functional.silu(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return _SiLUGrad.apply(x, grad)
+
+
+class _SiLUGrad(torch.autograd.Function):
+    """grad silu'(x)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, grad: Tensor) -> Tensor:
+        ctx.save_for_backward(x, grad)
+        return torch.ops.aten.silu_backward(grad, x)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, Tensor]:
+        return map_rows(_silu_second, (*ctx.saved_tensors, cotangent))
+
+
+def _silu_second(x: Tensor, grad: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
+    sigmoid = x.sigmoid()
+    slope = sigmoid * (1 - sigmoid)
+    first = sigmoid + x * slope
+    second = slope * (2 + x * (1 - 2 * sigmoid))
+    return cotangent * grad * second, cotangent * first
