@@ -1,0 +1,38 @@
+# make pretrain   train on the embedded demo set, two processes        make test    the tests
+# make lint       style                                                make types   static types
+#
+# Variables: PYTHON (the interpreter that makes .venv), TORCH_INDEX (index of torch builds: the default one brings
+# CUDA libraries of several gigabytes; https://download.pytorch.org/whl/cpu has none), PYTEST_ARGS.
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+PYTEST_ARGS ?= -q -n 2
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: install pretrain test lint types clean
+
+pretrain: $(INSTALLED)
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/pretrain_matris.sh
+
+test: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+install: $(INSTALLED)
+
+# torch first and alone: its index, if one is given, must not serve anything else.
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache *.egg-info
