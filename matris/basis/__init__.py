@@ -1,0 +1,1 @@
+"""Radial and angular expansions and the cutoff envelope."""

@@ -1,0 +1,1 @@
+"""Layers of MatRIS as Megatron modules."""

@@ -1,0 +1,193 @@
+"""MatRIS: from a batch of structures to energies, forces, stress and magnetic moments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor, nn
+
+from janus.ops.segment import segment_sum
+from matris.basis.envelope import polynomial_envelope
+from matris.basis.radial import build_radial_basis
+from matris.blocks.edges import EdgeSet
+from matris.blocks.embedding import AngleEmbedding, AtomEmbedding, EdgeEmbedding
+from matris.blocks.geometry import Geometry, measure
+from matris.blocks.interaction import Connectivity, InteractionBlock
+from matris.blocks.module import MatRISConfig
+from matris.config import ModelConfig, Precision
+from matris.elements import MAX_Z
+from matris.graph.batch import GraphBatch
+from matris.readout import Readout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What the model says of a batch of G structures with N atoms. All tensors are float64.
+
+    Attributes:
+        energies: (N,) interaction energy of each atom, eV, without reference energies.
+        interaction_energy: (G,) their sums, eV.
+        reference_energy: (G,) sums of the atomic reference energies, eV.
+        forces: (N, 3) -dE/dr, eV/A; None if not asked for.
+        stress: (G, 3, 3) dE/dstrain / |volume|, eV/A^3, positive when tensile; NaN where the cell has no volume; None
+            if not asked for.
+        magmoms: (N,) Bohr magnetons, not negative.
+    """
+
+    energies: Tensor
+    interaction_energy: Tensor
+    reference_energy: Tensor
+    forces: Tensor | None
+    stress: Tensor | None
+    magmoms: Tensor
+
+    @property
+    def energy(self) -> Tensor:
+        """(G,) total energies, eV."""
+        return self.interaction_energy + self.reference_energy
+
+
+class MatRIS(MegatronModule):
+    """The MatRIS potential (arXiv 2603.02002).
+
+    Args:
+        config: hyper-parameters.
+        precision: number formats; parameters are fp64 for `fp64` and fp32 otherwise. `tf32` does not change the module:
+            it is the format in which CUDA forms fp32 products, set by the run.
+        seed: of the initial weights; None takes torch's current generator state.
+
+    Attributes:
+        reference_energies: (94,) eV per atom of Z = 1..94, float64, not trained.
+        energy_scale: () eV, multiplies the readout's energies, not trained.
+    """
+
+    energy_scale: Tensor
+
+    def __init__(
+        self, config: ModelConfig, *, precision: Precision = Precision.fp32, seed: int | None = None
+    ) -> None:
+        dtype = torch.float64 if precision is Precision.fp64 else torch.float32
+        megatron_config = MatRISConfig(
+            model=config,
+            params_dtype=dtype,
+            matmul_dtype=torch.bfloat16 if precision is Precision.bf16_mixed else None,
+            use_cpu_initialization=True,
+        )
+        super().__init__(megatron_config)
+        self.hyper = config
+        self.precision = precision
+        with torch.random.fork_rng(devices=[], enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
+            self.atom_embedding = AtomEmbedding(megatron_config)
+            self.edge_embedding = EdgeEmbedding(megatron_config)
+            self.angle_embedding = AngleEmbedding(megatron_config)
+            self.blocks = nn.ModuleList(
+                InteractionBlock(megatron_config, is_last=index == config.num_layers - 1)
+                for index in range(config.num_layers)
+            )
+            self.readout = Readout(megatron_config)
+        self.pair_basis = build_radial_basis(config, config.pairwise_cutoff)
+        self.line_basis = build_radial_basis(config, config.three_body_cutoff)
+        self.to(dtype)
+        self.reference_energies = nn.Parameter(torch.zeros(MAX_Z, dtype=torch.float64), requires_grad=False)
+        self.register_buffer("energy_scale", torch.ones((), dtype=torch.float64))
+
+    def forward(
+        self, batch: GraphBatch, *, forces: bool = True, stress: bool = True, create_graph: bool = False
+    ) -> Prediction:
+        """Predict a batch.
+
+        Args:
+            forces, stress: whether to differentiate for them.
+            create_graph: record the derivatives, so that a loss of forces and stress has weight gradients. Without it
+                the prediction is detached. Works under `torch.no_grad` as well.
+        """
+        with torch.enable_grad() if forces or stress else torch.set_grad_enabled(create_graph):
+            positions = batch.positions.detach().requires_grad_(forces)
+            strain = torch.zeros_like(batch.cell).requires_grad_() if stress else None
+            energies, magmoms = self._atomic(batch, measure(batch, positions, strain, self.config.params_dtype))
+            interaction_energy = segment_sum(energies, batch.structure_index, batch.num_structures)
+            leaves = [leaf for leaf, wanted in ((positions, forces), (strain, stress)) if wanted and leaf is not None]
+            gradients = list(_gradients(interaction_energy, leaves, create_graph=create_graph))
+            force = -gradients.pop(0) if forces else None
+            virial = gradients.pop(0) if stress else None
+            reference = self.reference_energies[batch.numbers - 1]
+            prediction = Prediction(
+                energies=energies,
+                interaction_energy=interaction_energy,
+                reference_energy=segment_sum(reference, batch.structure_index, batch.num_structures),
+                forces=force,
+                stress=None if virial is None else _per_volume(virial, batch.cell),
+                magmoms=magmoms,
+            )
+        return prediction if create_graph else _detached(prediction)
+
+    def _atomic(self, batch: GraphBatch, geometry: Geometry) -> tuple[Tensor, Tensor]:
+        """Interaction energies (N,) and magnetic moments (N,), float64."""
+        pair_basis, line_basis = self.pair_basis(geometry.length), self.line_basis(geometry.length)
+        graph = self._connectivity(batch, geometry, pair_basis, line_basis)
+        atoms = self.atom_embedding(batch.numbers)
+        edges = self.edge_embedding(pair_basis)
+        angles = self.angle_embedding(geometry.cosine)
+        for block in self.blocks:
+            atoms, edges, angles = block(atoms, edges, angles, graph)
+        energies, magmoms = self.readout(atoms)
+        return self.energy_scale * energies.double(), magmoms.double()
+
+    def _connectivity(
+        self, batch: GraphBatch, geometry: Geometry, pair_basis: Tensor, line_basis: Tensor
+    ) -> Connectivity:
+        hyper = self.hyper
+        pair = polynomial_envelope(geometry.length, hyper.pairwise_cutoff, hyper.envelope_exponent)[:, None]
+        line = polynomial_envelope(geometry.length, hyper.three_body_cutoff, hyper.envelope_exponent)[:, None]
+        num_undirected = len(batch.undirected_edge)
+        return Connectivity(
+            atom_graph=EdgeSet(
+                target=batch.edge_target,
+                source=batch.edge_source,
+                undirected=batch.edge_undirected,
+                num_features=num_undirected,
+                envelope=pair.index_select(0, batch.edge_undirected),
+            ),
+            line_graph=EdgeSet(
+                target=batch.angle_target,
+                source=batch.angle_source,
+                undirected=None,
+                num_features=batch.num_angles,
+                envelope=line.index_select(0, batch.angle_target) * line.index_select(0, batch.angle_source),
+            ),
+            angle_center=batch.angle_center,
+            pair_basis=pair_basis,
+            line_basis=line_basis,
+        )
+
+    def set_reference_energies(self, energies: Mapping[int, float]) -> None:
+        """Set reference energies, eV per atom by atomic number; elements that are not named keep theirs."""
+        for number, energy in energies.items():
+            if not 1 <= number <= MAX_Z:
+                raise ValueError(f"reference energy for atomic number {number}: allowed are 1 to {MAX_Z}")
+            self.reference_energies.data[number - 1] = energy
+
+
+def _gradients(energy: Tensor, leaves: list[Tensor], *, create_graph: bool) -> tuple[Tensor, ...]:
+    """dE/dleaf of the summed energy; zero for leaves that it does not depend on (isolated atoms have no edges)."""
+    if not leaves:
+        return ()
+    if not energy.requires_grad:
+        return tuple(torch.zeros_like(leaf) for leaf in leaves)
+    return torch.autograd.grad(energy.sum(), leaves, create_graph=create_graph, materialize_grads=True)
+
+
+def _per_volume(virial: Tensor, cell: Tensor) -> Tensor:
+    volume = torch.linalg.det(cell).abs()[:, None, None]
+    return torch.where(volume > 0, virial / volume.where(volume > 0, 1.0), torch.nan)
+
+
+def _detached(prediction: Prediction) -> Prediction:
+    return Prediction(
+        **{name: None if value is None else value.detach() for name, value in vars(prediction).items()}
+    )
