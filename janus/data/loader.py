@@ -1,0 +1,149 @@
+"""The micro-batches of one rank, step after step, read ahead by worker processes. Starts at any step."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
+
+from janus.data.packing import Budget, check_fits, plan_micro_batches
+from janus.data.sampler import Sampler
+
+Batch = TypeVar("Batch")
+
+
+class SizedRecords(Protocol):
+    """A random-access data set whose records' sizes are known without reading them. Picklable."""
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """(n, columns) int64."""
+        ...
+
+    def __getitem__(self, index: int) -> Any: ...
+
+    def identifier(self, index: int) -> str:
+        """Name of a record, for messages."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepBatch(Generic[Batch]):
+    """What one rank works on in one step.
+
+    Attributes:
+        step: number of the step.
+        indices: records of the global batch over all ranks, (n,).
+        micro_batches: this rank's share, collated; empty if the rank got no record.
+    """
+
+    step: int
+    indices: np.ndarray
+    micro_batches: list[Batch]
+
+
+class StepLoader(Generic[Batch]):
+    """Iterates over `StepBatch`es of steps start_step .. start_step + num_steps - 1.
+
+    Args:
+        dataset: records with their sizes.
+        sampler: global batch of each step.
+        collate: a list of records to a micro-batch; picklable.
+        rank, world_size: this process among those that share the global batch.
+        budget: limits of one micro-batch.
+        num_workers: processes that read and collate ahead; 0 works in this process.
+        start_step, num_steps: which steps.
+        pin_memory: copy micro-batches to page-locked memory (they need a `pin_memory` method).
+        prefetch_factor: micro-batches that each worker holds ready.
+    Raises:
+        ValueError: records that exceed the budget on their own, named.
+    """
+
+    def __init__(
+        self,
+        dataset: SizedRecords,
+        sampler: Sampler,
+        collate: Callable[[list[Any]], Batch],
+        *,
+        num_steps: int,
+        start_step: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        budget: Budget | None = None,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        prefetch_factor: int = 2,
+    ) -> None:
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} of {world_size}: must be between 0 and {world_size - 1}")
+        self.budget = budget or Budget()
+        check_fits(dataset.sizes, self.budget, dataset.identifier)
+        self.dataset, self.sampler, self.collate = dataset, sampler, collate
+        self.start_step, self.num_steps = start_step, num_steps
+        self.rank, self.world_size = rank, world_size
+        self.num_workers, self.pin_memory, self.prefetch_factor = num_workers, pin_memory, prefetch_factor
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+    def plan(self, step: int) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Records of the global batch, and those of each of this rank's micro-batches."""
+        indices = self.sampler.indices(step)
+        plan = plan_micro_batches(self.dataset.sizes[indices], num_ranks=self.world_size, budget=self.budget)
+        return indices, [indices[positions] for positions in plan[self.rank]]
+
+    def __iter__(self) -> Iterator[StepBatch[Batch]]:
+        planned: deque[tuple[int, np.ndarray, int]] = deque()  # step, global batch, number of micro-batches
+
+        def requests() -> Iterator[np.ndarray]:
+            for step in range(self.start_step, self.start_step + self.num_steps):
+                indices, micro_batches = self.plan(step)
+                planned.append((step, indices, len(micro_batches)))
+                # An empty request keeps a step without records in its place in the stream.
+                yield from micro_batches or [np.empty(0, np.int64)]
+
+        ready: list[Batch] = []
+        for batch in DataLoader(
+            _Requests(self.dataset, self.collate),
+            sampler=_Once(requests()),
+            batch_size=None,
+            collate_fn=_unchanged,
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+            prefetch_factor=self.prefetch_factor if self.num_workers else None,
+        ):
+            if batch is not None:
+                ready.append(batch)
+            step, indices, expected = planned[0]
+            if len(ready) == expected:
+                planned.popleft()
+                yield StepBatch(step=step, indices=indices, micro_batches=ready)
+                ready = []
+
+
+class _Requests(Dataset):
+    """Maps record indices to a collated micro-batch; None for an empty request."""
+
+    def __init__(self, dataset: SizedRecords, collate: Callable[[list[Any]], Any]) -> None:
+        self.dataset, self.collate = dataset, collate
+
+    def __getitem__(self, indices: np.ndarray) -> Any:
+        return self.collate([self.dataset[int(i)] for i in indices]) if len(indices) else None
+
+
+class _Once:
+    """The sampler that DataLoader expects, around a running iterator."""
+
+    def __init__(self, requests: Iterator[np.ndarray]) -> None:
+        self.requests = requests
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return self.requests
+
+
+def _unchanged(batch: Sequence[Any]) -> Any:
+    return batch
