@@ -24,8 +24,9 @@ class Graph:
     """Edges and angles of one structure, index arrays of int64.
 
     A directed edge points from a source (neighbour) to a target (centre). Each undirected edge has exactly two
-    directed ones. An angle joins two different directed edges with the same target, both at most
-    `three_body_cutoff` long; every pair appears in both orders.
+    directed ones. An angle is an ordered pair of different directed edges a and b with the same target, a at most as
+    long as `three_body_cutoff` and b shorter. (The released models treat an edge of exactly that length so; where the
+    attention is smooth, such an edge has no weight anyway.)
 
     Attributes:
         structure: the structure itself.
@@ -68,54 +69,51 @@ def build_graph(structure: Structure, *, pairwise_cutoff: float, three_body_cuto
     Raises:
         ValueError: two atoms at the same place.
     """
-    first, second, image, length = _half_neighbor_list(structure, pairwise_cutoff)
-    num_pairs = len(first)
-    target = np.concatenate([first, second])
-    source = np.concatenate([second, first])
-    images = np.concatenate([image, -image])
+    target, source, image = _directed_edges(structure, pairwise_cutoff)
+    num_pairs = len(target) // 2
     # A canonical order makes every sum over edges independent of how the neighbour list was found.
-    order = np.lexsort((images[:, 2], images[:, 1], images[:, 0], source, target))
-    pair_of_edge = np.concatenate([np.arange(num_pairs), np.arange(num_pairs)])[order]
+    order = np.lexsort((image[:, 2], image[:, 1], image[:, 0], source, target))
+    target, source, image = target[order], source[order], image[order]
+    pair = order % num_pairs if num_pairs else order
     # Undirected edges are numbered by the first of their two directed edges.
     first_edge = np.full(num_pairs, 2 * num_pairs, dtype=np.int64)
-    np.minimum.at(first_edge, pair_of_edge, np.arange(2 * num_pairs))
+    np.minimum.at(first_edge, pair, np.arange(2 * num_pairs))
     rank_of_pair = np.empty(num_pairs, dtype=np.int64)
     rank_of_pair[np.argsort(first_edge)] = np.arange(num_pairs)
-    edge_target = target[order]
-    short = np.nonzero(length[pair_of_edge] <= three_body_cutoff)[0]
-    angle_target_edge, angle_source_edge = _ordered_pairs(short, edge_target[short], structure.num_atoms)
+    length = _edge_lengths(structure, target, source, image)
+    short = np.nonzero(length <= three_body_cutoff)[0]
+    a, b = _ordered_pairs(target[short], structure.num_atoms)
+    shorter = length[short[b]] < three_body_cutoff
     return Graph(
         structure=structure,
-        edge_target=edge_target,
-        edge_source=source[order],
-        edge_image=images[order],
-        edge_undirected=rank_of_pair[pair_of_edge],
+        edge_target=target,
+        edge_source=source,
+        edge_image=image,
+        edge_undirected=rank_of_pair[pair],
         undirected_edge=np.sort(first_edge),
-        angle_target_edge=angle_target_edge,
-        angle_source_edge=angle_source_edge,
+        angle_target_edge=short[a[shorter]],
+        angle_source_edge=short[b[shorter]],
     )
 
 
 def count_graph(structure: Structure, *, pairwise_cutoff: float, three_body_cutoff: float) -> GraphSize:
     """Sizes of the graph that `build_graph` would give, without building its angles."""
-    first, second, _, length = _half_neighbor_list(structure, pairwise_cutoff)
-    short = length <= three_body_cutoff
-    degree = np.bincount(np.concatenate([first[short], second[short]]), minlength=structure.num_atoms)
+    target, source, image = _directed_edges(structure, pairwise_cutoff)
+    length = _edge_lengths(structure, target, source, image)
+    targets = np.bincount(target[length <= three_body_cutoff], minlength=structure.num_atoms)
+    sources = np.bincount(target[length < three_body_cutoff], minlength=structure.num_atoms)
     return GraphSize(
-        num_atoms=structure.num_atoms, num_edges=2 * len(first), num_angles=int((degree * (degree - 1)).sum())
+        num_atoms=structure.num_atoms,
+        num_edges=len(target),
+        num_angles=int((targets * sources - sources).sum()),
     )
 
 
-def _half_neighbor_list(
-    structure: Structure, cutoff: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Each pair of neighbours once: atoms (i, j), image of j, distance. Shapes (P,), (P,), (P, 3), (P,)."""
+def _directed_edges(structure: Structure, cutoff: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Target, source and image of all edges, (E,), (E,), (E, 3); edge k and k + E/2 are the two directions of one."""
     neighbors = vesin.NeighborList(cutoff=cutoff, full_list=False, n_threads=1)
     i, j, image, length = neighbors.compute(
-        points=structure.positions,
-        box=_complete_cell(structure),
-        periodic=structure.pbc,
-        quantities="ijSd",
+        points=structure.positions, box=_complete_cell(structure), periodic=structure.pbc, quantities="ijSd"
     )
     if len(length) and length.min() < 1e-3:
         pair = int(length.argmin())
@@ -123,7 +121,23 @@ def _half_neighbor_list(
             f"atoms {int(i[pair])} and {int(j[pair])} are {length[pair]:.1e} A apart (image {image[pair].tolist()}): "
             "two atoms at the same place have no energy; remove the duplicate"
         )
-    return i.astype(np.int64), j.astype(np.int64), image.astype(np.int64), length
+    i, j, image = i.astype(np.int64), j.astype(np.int64), image.astype(np.int64)
+    return np.concatenate([i, j]), np.concatenate([j, i]), np.concatenate([image, -image])
+
+
+def _edge_lengths(structure: Structure, target: np.ndarray, source: np.ndarray, image: np.ndarray) -> np.ndarray:
+    """Lengths (E,) that decide which edges form angles, Angstrom.
+
+    In ideal crystals many edges are exactly as long as the cutoff, and rounding decides. The neighbour list of the
+    released models wraps the source into the cell before it adds the image; done here in the same order, so that the
+    same edges fall on the same side.
+    """
+    cell = _complete_cell(structure)
+    fractional = structure.positions @ np.linalg.inv(cell)
+    turns = np.where(structure.pbc, np.floor(fractional), 0.0)
+    wrapped = (fractional - turns) @ cell
+    vector = wrapped[source] + (image + turns[source]) @ cell - structure.positions[target]
+    return np.sqrt((vector * vector).sum(axis=1))
 
 
 def _complete_cell(structure: Structure) -> np.ndarray:
@@ -142,13 +156,13 @@ def _complete_cell(structure: Structure) -> np.ndarray:
     return cell
 
 
-def _ordered_pairs(edges: np.ndarray, centers: np.ndarray, num_atoms: int) -> tuple[np.ndarray, np.ndarray]:
-    """All ordered pairs of different edges with the same centre. `edges` (M,) are sorted by `centers` (M,)."""
+def _ordered_pairs(centers: np.ndarray, num_atoms: int) -> tuple[np.ndarray, np.ndarray]:
+    """All ordered pairs of different positions in `centers` (M,), which is sorted, that hold the same centre."""
     degree = np.bincount(centers, minlength=num_atoms)
     start = np.cumsum(degree) - degree
     partners = degree[centers]
-    first = np.repeat(np.arange(len(edges)), partners)
+    first = np.repeat(np.arange(len(centers)), partners)
     offset = np.arange(len(first)) - np.repeat(np.cumsum(partners) - partners, partners)
     second = np.repeat(start[centers], partners) + offset
     different = first != second
-    return edges[first[different]], edges[second[different]]
+    return first[different], second[different]

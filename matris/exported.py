@@ -1,0 +1,134 @@
+"""Model directories: `model.safetensors` with the weights and `config.json` with everything needed to use them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from matris.config import ModelConfig, Precision
+from matris.elements import SYMBOLS
+from matris.model import MatRIS
+
+FORMAT_VERSION = 1
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+_UNITS = {"energy": "eV", "length": "Angstrom", "forces": "eV/Angstrom", "stress": "eV/Angstrom^3", "magmoms": "muB"}
+
+
+def save_model(model: MatRIS, directory: Path, *, provenance: dict[str, Any], overwrite: bool = False) -> None:
+    """Write a model directory; it appears whole or not at all.
+
+    Args:
+        directory: to create; its parent is created too.
+        provenance: JSON-ready facts of where the weights come from.
+        overwrite: replace an existing model directory.
+
+    Raises:
+        FileExistsError: `directory` exists and `overwrite` is False.
+        OSError: not writable.
+    """
+    directory = Path(directory)
+    if directory.exists() and not overwrite:
+        raise FileExistsError(f"{directory} exists: choose another output, or remove it first")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        save_file({name: value.contiguous() for name, value in model.state_dict().items()}, staging / WEIGHTS)
+        config = {
+            "format": "janus-matris model",
+            "format_version": FORMAT_VERSION,
+            "model": model.hyper.to_dict(),
+            "parameters": num_parameters(model),
+            "parameter_dtype": str(model.config.params_dtype).removeprefix("torch."),
+            "units": _UNITS,
+            "elements": list(SYMBOLS[1:]),
+            "reference_energies": dict(zip(SYMBOLS[1:], model.reference_energies.tolist(), strict=True)),
+            "energy_scale": model.energy_scale.item(),
+            "sha256": sha256_of(staging / WEIGHTS),
+            "provenance": provenance,
+        }
+        (staging / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+        staging.chmod(0o755)
+        if directory.exists():
+            retired = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old.", dir=directory.parent))
+            directory.rename(retired / directory.name)
+            staging.rename(directory)
+            shutil.rmtree(retired)
+        else:
+            staging.rename(directory)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """`config.json` of a model directory.
+
+    Raises:
+        ValueError: not a model directory, or of a newer format.
+    """
+    path = Path(directory) / CONFIG
+    if not path.is_file():
+        raise ValueError(f"{directory} is not a model directory: it has no {CONFIG}")
+    try:
+        config = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(config, dict) or config.get("format") != "janus-matris model":
+        raise ValueError(f"{path} does not describe a janus-matris model")
+    if config.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format version {config.get('format_version')}; this version reads {FORMAT_VERSION}: "
+            "update janus-matris"
+        )
+    return config
+
+
+def load_model(directory: Path | str, *, device: str = "cpu", precision: Precision | None = None) -> MatRIS:
+    """Read a model directory.
+
+    Args:
+        precision: number formats; None keeps that of the stored parameters.
+
+    Raises:
+        ValueError: missing, corrupt (checksum) or foreign files.
+    """
+    directory = Path(directory)
+    config = read_config(directory)
+    weights = directory / WEIGHTS
+    if not weights.is_file():
+        raise ValueError(f"{directory} has no {WEIGHTS}: the model is incomplete")
+    if sha256_of(weights) != config.get("sha256"):
+        raise ValueError(f"{weights} is corrupt: its SHA-256 differs from the one in {CONFIG}; copy the model again")
+    if precision is None:
+        precision = Precision.fp64 if config["parameter_dtype"] == "float64" else Precision.fp32
+    try:
+        state = load_file(weights)
+    except SafetensorError as error:
+        raise ValueError(f"{weights} is not a readable safetensors file: {error}") from error
+    model = MatRIS(ModelConfig.from_dict(config["model"]), precision=precision)
+    expected = set(model.state_dict())
+    if set(state) != expected:
+        raise ValueError(
+            f"{weights} does not fit {CONFIG}: missing {sorted(expected - set(state))}, "
+            f"unknown {sorted(set(state) - expected)}"
+        )
+    model.load_state_dict(state)
+    return model.to(device)
+
+
+def num_parameters(model: MatRIS) -> int:
+    """Number of parameters, the 94 reference energies included."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

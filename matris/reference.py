@@ -1,0 +1,215 @@
+"""The reference package's checkpoints (PyPI `matris`) and our models: the same numbers under other names."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from matris.config import AngularBasis, ModelConfig, NormType, Precision, RadialBasis
+from matris.exported import save_model, sha256_of
+from matris.model import MatRIS
+
+_FIXED = {
+    "dropout": (0.0, 0),
+    "graph_conv_mlp": ("GateMLP", "gatemlp", "GatedMLP"),
+    "activation_type": ("silu", "SiLU"),
+    "is_conservation": (True,),
+}
+"""Settings of the reference package of which only these values exist here."""
+
+
+def convert_reference(source: Path, output: Path) -> None:
+    """Convert a checkpoint of the reference package into a model directory.
+
+    Args:
+        source: a `.pth.tar` of `matris` 0.1.0 or 1.0.0. Read with `weights_only=True`: code in it is never run.
+        output: directory to create.
+
+    Raises:
+        ValueError: not such a checkpoint, a setting that has no counterpart, unknown or missing weights (by name).
+        FileExistsError: `output` exists.
+    """
+    config, state = read_reference(source)
+    model = model_from_reference(config, state, origin=str(source))
+    save_model(
+        model,
+        output,
+        provenance={
+            "converted_from": "reference package matris",
+            "source_file": source.name,
+            "source_sha256": sha256_of(source),
+        },
+    )
+
+
+def read_reference(source: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Constructor settings and state dict of a reference checkpoint."""
+    if not source.is_file():
+        raise ValueError(f"{source} is not a file: expected a checkpoint of the reference package (.pth.tar)")
+    try:
+        content = torch.load(source, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{source} is refused: it holds more than tensors and plain values, and loading it could run code "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+    except (RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
+        raise ValueError(f"{source} is not a readable torch checkpoint: {error}") from error
+    if isinstance(content, dict) and isinstance(content.get("model"), dict):
+        content = content["model"]
+    if not isinstance(content, dict) or not {"config", "state_dict"} <= set(content):
+        found = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        raise ValueError(f"{source} has no 'config' and 'state_dict' (found {found}): not a reference checkpoint")
+    return content["config"], content["state_dict"]
+
+
+def model_from_reference(config: dict[str, Any], state: dict[str, Tensor], *, origin: str) -> MatRIS:
+    """Build our model from the reference's settings and weights, in the precision of the weights."""
+    hyper = config_from_reference(config, origin=origin)
+    state = {name.replace("composition_model.", "reference_energy."): value for name, value in state.items()}
+    dtype = state["atom_embedding.embedding.weight"].dtype if "atom_embedding.embedding.weight" in state else None
+    model = MatRIS(hyper, precision=Precision.fp64 if dtype == torch.float64 else Precision.fp32)
+    ours = model.state_dict()
+    used: set[str] = set()
+    missing: list[str] = []
+    converted: dict[str, Tensor] = {}
+    for name, parts in reference_names(hyper, has_reference="reference_energy.fc.weight" in state):
+        absent = [part for part in parts if part not in state]
+        used.update(parts)
+        missing += absent
+        if absent:
+            continue
+        value = _join([state[part] for part in parts], ours[name].shape)
+        if value is None:
+            shapes = {part: tuple(state[part].shape) for part in parts}
+            raise ValueError(f"{origin}: weights {shapes} do not fit {name} of shape {tuple(ours[name].shape)}")
+        converted[name] = value.to(ours[name].dtype)
+    # The spherical basis stores a constant that follows from the cutoff.
+    unknown = sorted(set(state) - used - {"three_body_embedding.expansion.factor"})
+    if missing or unknown:
+        raise ValueError(f"{origin}: weights do not fit its config: missing {sorted(missing)}, unknown {unknown}")
+    for name in ("reference_energies", "energy_scale"):
+        converted.setdefault(name, ours[name])
+    model.load_state_dict(converted)
+    return model
+
+
+def config_from_reference(config: dict[str, Any], *, origin: str) -> ModelConfig:
+    """Our hyper-parameters from the reference's constructor settings."""
+    settings = dict(config)
+    for name, allowed in _FIXED.items():
+        value = settings.pop(name, allowed[0])
+        if value not in allowed:
+            raise ValueError(f"{origin}: {name} is {value!r}; only {allowed[0]!r} can be represented here")
+    # Total energies are the same for both; the reference's fit is per atom or per cell accordingly.
+    settings.pop("is_intensive", None)
+    settings.pop("reference_energy", None)
+    try:
+        width = settings.pop("node_feat_dim")
+        widths = {width, settings.pop("edge_feat_dim"), settings.pop("three_body_feat_dim")}
+        if len(widths) != 1:
+            raise ValueError(f"{origin}: node, edge and three-body widths {sorted(widths)} differ; they must be equal")
+        hidden = settings.pop("mlp_hidden_dims")
+        degrees = {settings.pop("max_l"), settings.pop("max_n")}
+        if len(degrees) != 1:
+            raise ValueError(f"{origin}: max_l and max_n are {sorted(degrees)}; they must be equal")
+        hyper = ModelConfig(
+            num_layers=settings.pop("num_layers"),
+            hidden_size=width,
+            pairwise_cutoff=float(settings.pop("pairwise_cutoff")),
+            three_body_cutoff=float(settings.pop("three_body_cutoff")),
+            num_radial=settings.pop("num_radial"),
+            num_angular=settings.pop("num_angular"),
+            radial_basis=RadialBasis(settings.pop("distance_expansion").lower()),
+            angular_basis={"fourier": AngularBasis.fourier, "sh": AngularBasis.spherical}[
+                settings.pop("three_body_expansion").lower()
+            ],
+            spherical_degree=degrees.pop(),
+            learnable_basis=settings.pop("learnable_basis"),
+            envelope_exponent=int(settings.pop("envelope_exponent")),
+            norm_type=NormType(settings.pop("norm_type").lower()),
+            ffn_bias=settings.pop("use_bias"),
+            enveloped_edge_update=settings.pop("use_smoothed_for_delta_edge"),
+            readout_hidden_sizes=(hidden,) if isinstance(hidden, int) else tuple(hidden),
+            smooth_attention=False,
+        )
+    except KeyError as error:
+        raise ValueError(f"{origin}: its config lacks or has an unknown value for {error}") from error
+    if settings:
+        raise ValueError(f"{origin}: its config has unknown settings {sorted(settings)}")
+    return hyper
+
+
+def reference_names(config: ModelConfig, *, has_reference: bool) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Each of our weights and the reference's weights that it is stacked from, in order."""
+    if has_reference:
+        yield "reference_energies", ("reference_energy.fc.weight",)
+    yield "atom_embedding.table", ("atom_embedding.embedding.weight",)
+    yield "atom_embedding.linear.weight", ("atom_embedding.atom_swish_layer.linear.weight",)
+    if config.radial_basis is RadialBasis.bessel:
+        yield "pair_basis.frequencies", ("edge_embedding.pairwise_rbf_expansion.frequencies",)
+        yield "line_basis.frequencies", ("edge_embedding.threebody_rbf_expansion.frequencies",)
+    yield "edge_embedding.linear_1.weight", ("edge_embedding.edge_linear1.weight",)
+    yield "edge_embedding.linear_2.weight", ("edge_embedding.edge_linear2.weight",)
+    yield "edge_embedding.linear_3.weight", ("edge_embedding.swish_layer.linear.weight",)
+    for kind in ("weight", "bias"):
+        yield f"edge_embedding.norm.{kind}", (f"edge_embedding.edge_init_norm.{kind}",)
+    if config.angular_basis is AngularBasis.fourier:
+        yield "angle_embedding.basis.frequencies", ("three_body_embedding.expansion.frequencies",)
+    yield "angle_embedding.linear_1.weight", ("three_body_embedding.angle_embedding.weight",)
+    yield "angle_embedding.linear_2.weight", ("three_body_embedding.swish_layer.linear.weight",)
+    for index in range(config.num_layers):
+        for ours, theirs in (("line", "line_graph"), ("atom", "atom_graph")):
+            block, reference = f"blocks.{index}.{ours}", f"interaction_block.{index}"
+            attention = f"{reference}.attn_block_{theirs}"
+            yield from _gated_names(config, f"{block}_attention.message", f"{attention}.edge_nonlinear_update")
+            yield from _gated_names(config, f"{block}_attention.update", f"{attention}.node_nonlinear_update")
+            yield (
+                f"{block}_attention.logits.weight",
+                (f"{attention}.target_weight_linear.weight", f"{attention}.source_weight_linear.weight"),
+            )
+            refinement = f"{reference}.refine_block_{theirs}"
+            yield from _gated_names(config, f"{block}_refinement.message", f"{refinement}.edge_nonlinear_update")
+            for kind in ("weight", "bias") if config.ffn_bias else ("weight",):
+                for layer, position in enumerate((0, 3)):
+                    for ffn in ("node", "edge"):
+                        yield (
+                            f"{block}_refinement.{ffn}_ffn.layers.{layer}.{kind}",
+                            (f"{refinement}.{ffn}_FFN.layers.{position}.{kind}",),
+                        )
+            yield f"{block}_refinement.envelope.weight", (f"{refinement}.learnable_envelope.weight",)
+            for part, name in ((f"{block}_attention", attention), (f"{block}_refinement", refinement)):
+                yield f"{part}.node_residual", (f"{name}.node_res_weight",)
+                yield f"{part}.edge_residual", (f"{name}.edge_res_weight",)
+    norm_kinds = ("weight", "bias") if config.norm_type is NormType.layer else ("weight",)
+    for kind in norm_kinds:
+        yield f"readout.norm.{kind}", (f"readout_norm.{kind}",)
+    for head, depth in (("energy", len(config.readout_hidden_sizes) + 1), ("magmom", 2)):
+        for layer in range(depth):
+            for kind in ("weight", "bias"):
+                yield f"readout.{head}.layers.{layer}.{kind}", (f"{head}_head.{head}_head.layers.{3 * layer}.{kind}",)
+
+
+def _gated_names(config: ModelConfig, ours: str, theirs: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+    halves = ("core", "gate")
+    for kind in ("weight", "bias"):
+        yield f"{ours}.inner.{kind}", tuple(f"{theirs}.mlp_{half}.layers.0.{kind}" for half in halves)
+        for half in halves:
+            yield f"{ours}.{half}.{kind}", (f"{theirs}.mlp_{half}.layers.3.{kind}",)
+    for kind in ("weight", "bias") if config.norm_type is NormType.layer else ("weight",):
+        yield f"{ours}.norm_{kind}", tuple(f"{theirs}.{half}_norm.{kind}" for half in halves)
+
+
+def _join(parts: list[Tensor], shape: torch.Size) -> Tensor | None:
+    """The parts stacked along the first axis, in our shape; None if they do not fit."""
+    if len(shape) == 2 and parts[0].dim() == 1:
+        parts = [part[None] for part in parts]
+    value = torch.cat(parts)
+    if len(shape) == 1 and value.dim() == 2 and value.shape[0] == 1:
+        value = value[0]
+    return value if value.shape == shape else None
