@@ -1,0 +1,1 @@
+"""All communication between ranks, counted by a ledger."""

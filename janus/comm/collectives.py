@@ -1,0 +1,116 @@
+"""Collectives outside of autograd: gradients, metrics, decisions and small objects. Without ranks they do nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from janus.mesh import Mesh
+
+T = TypeVar("T")
+
+BUCKET_BYTES = 64 * 2**20
+"""Gradients travel in flat buffers of about this size: few calls, bounded extra memory."""
+
+
+def sum_gradients(parameters: Iterable[torch.nn.Parameter], mesh: Mesh, *, bucket_bytes: int = BUCKET_BYTES) -> None:
+    """Sums gradients over the data axis, in place; all-reduces as many bytes as the parameters have.
+
+    Sums, never averages: each rank's loss is already divided by the totals of the global batch. A trainable parameter
+    without a gradient counts as zero on every rank, also in a run of one, so that all ranks and all rank counts update
+    the same parameters.
+    """
+    trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    for parameter in trainable:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    if mesh.data == 1:
+        return
+    gradients = [parameter.grad for parameter in trainable if parameter.grad is not None]
+    for bucket in plan_buckets(gradients, bucket_bytes):
+        flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
+        _all_reduce(flat, mesh)
+        pieces = flat.split([gradient.numel() for gradient in bucket])
+        torch._foreach_copy_(bucket, [piece.view_as(gradient) for piece, gradient in zip(pieces, bucket, strict=True)])
+
+
+def plan_buckets(tensors: Sequence[Tensor], bucket_bytes: int) -> Iterator[list[Tensor]]:
+    """Runs of tensors of one type, in order, each run at most `bucket_bytes` unless a single tensor is larger."""
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if bucket and (tensor.dtype != bucket[0].dtype or size + tensor.nbytes > bucket_bytes):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.nbytes
+    if bucket:
+        yield bucket
+
+
+def reduce_sums(values: Tensor, mesh: Mesh) -> Tensor:
+    """Sum over the data axis in float64, out of place; all-reduces 8 bytes per element."""
+    total = values.detach().to(torch.float64, copy=True)
+    if mesh.data > 1:
+        _all_reduce(total, mesh)
+    return total
+
+
+def any_rank(flag: bool, mesh: Mesh) -> bool:
+    """Whether the flag is set on any rank: all ranks get the same answer; all-reduces 8 bytes."""
+    return bool(reduce_sums(torch.tensor([float(flag)], device=mesh.device), mesh).item())
+
+
+def broadcast_tensors(tensors: Iterable[Tensor], mesh: Mesh) -> None:
+    """Overwrites each tensor with rank 0's; one broadcast of its bytes each."""
+    if mesh.world_size == 1:
+        return
+    for tensor in tensors:
+        mesh.ledger.record("broadcast", tensor.nbytes)
+        value = tensor.detach().contiguous()
+        dist.broadcast(value, src=0)
+        tensor.detach().copy_(value)
+
+
+def broadcast_object(value: Any, mesh: Mesh) -> Any:
+    """Rank 0's object on every rank; for small things (a path, a table)."""
+    if mesh.world_size == 1:
+        return value
+    holder = [value]
+    dist.broadcast_object_list(holder, src=0)
+    mesh.ledger.record("broadcast_object", 0)
+    return holder[0]
+
+
+def on_main_rank(function: Callable[[], T], mesh: Mesh) -> T:
+    """Calls a function on rank 0 alone; all ranks get its (small) result, or raise its error instead of waiting."""
+    outcome: tuple[T | None, Exception | None] = (None, None)
+    if mesh.is_main:
+        try:
+            outcome = (function(), None)
+        except (ValueError, OSError) as error:
+            outcome = (None, error)
+    value, failure = broadcast_object(outcome, mesh)
+    if failure is not None:
+        raise failure
+    return value
+
+
+def gather_objects(value: Any, mesh: Mesh) -> list[Any]:
+    """Every rank's object, in rank order, on every rank; for small things (identifiers, random states)."""
+    if mesh.world_size == 1:
+        return [value]
+    values: list[Any] = [None] * mesh.world_size
+    dist.all_gather_object(values, value)
+    mesh.ledger.record("gather_objects", 0)
+    return values
+
+
+def _all_reduce(tensor: Tensor, mesh: Mesh) -> None:
+    """In-place sum over the data axis."""
+    mesh.ledger.record("all_reduce", tensor.nbytes)
+    dist.all_reduce(tensor, group=mesh.data_group)

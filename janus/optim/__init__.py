@@ -1,0 +1,8 @@
+"""Optimizer, learning-rate schedule, clipping and exponential moving average."""
+
+from janus.optim.adamw import AdamWConfig, build_adamw
+from janus.optim.clip import clip_gradients
+from janus.optim.ema import ExponentialMovingAverage
+from janus.optim.schedule import DecayStyle, Schedule
+
+__all__ = ["AdamWConfig", "DecayStyle", "ExponentialMovingAverage", "Schedule", "build_adamw", "clip_gradients"]

@@ -1,0 +1,103 @@
+"""The force-matching step: energy, forces, second derivative, update. Exact for every number of ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from janus.comm.collectives import gather_objects, reduce_sums, sum_gradients
+from janus.mesh import Mesh
+from janus.training.learner import Learner
+from janus.training.task import Batch, MicroLoss, Task
+
+
+class NonFiniteError(ValueError):
+    """A loss or gradient is infinite or not a number; the weights were not touched."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """What a step tells, equal on all ranks.
+
+    Attributes:
+        sums: (Task.num_sums,) float64 over the global batch.
+        num_edges: edges of the global batch.
+        grad_norm: 2-norm of the gradient before clipping.
+        stop: whether any rank wants to stop.
+    """
+
+    sums: np.ndarray
+    num_edges: int
+    grad_norm: float
+    stop: bool
+
+
+def train_step(
+    task: Task, batch: Batch, totals: Any, *, learner: Learner, mesh: Mesh, stop: bool = False
+) -> StepReport:
+    """One update with a global batch; all-reduces the gradients' bytes and 8 per element of the sums.
+
+    Each micro-batch's loss is divided by the totals of the global batch, so gradients add up: over micro-batches in
+    `.grad`, over ranks in one sum. A rank without micro-batches contributes zeros.
+
+    Args:
+        totals: denominators of the loss of the global batch.
+        stop: this rank's wish to stop, which travels with the sums, so that all ranks stop after the same step.
+
+    Raises:
+        NonFiniteError: on all ranks, before any weight is changed.
+    """
+    learner.zero_gradients()
+    losses = accumulate_gradients(task, batch.micro_batches, totals, learner)
+    sum_gradients(learner.parameters.values(), mesh)
+    own = torch.zeros(task.num_sums + 2, dtype=torch.float64, device=mesh.device)
+    for loss in losses:
+        own[:-2] += loss.sums
+        own[-2] += loss.num_edges
+    own[-1] = float(stop)
+    sums = reduce_sums(own, mesh).cpu().numpy()
+    grad_norm = learner.clip()
+    # Both were reduced over all ranks, so all ranks take the same branch.
+    if not (math.isfinite(grad_norm) and np.isfinite(sums).all()):
+        raise NonFiniteError(_complaint(task, batch, losses, grad_norm, mesh))
+    learner.update()
+    return StepReport(sums=sums[:-2], num_edges=int(sums[-2]), grad_norm=grad_norm, stop=sums[-1] > 0)
+
+
+def accumulate_gradients(task: Task, micro_batches: Sequence[Any], totals: Any, learner: Learner) -> list[MicroLoss]:
+    """Adds the gradients of this rank's micro-batches; nothing is communicated. Returns their losses, detached."""
+    parameters = list(learner.parameters.values())
+    losses = []
+    for micro_batch in micro_batches:
+        loss = task.loss(micro_batch, totals, training=True)
+        if loss.total.requires_grad:
+            # The parameters alone: gradients on positions and strain would cost time and mean nothing.
+            loss.total.backward(inputs=parameters)
+        losses.append(MicroLoss(total=loss.total.detach(), sums=loss.sums, num_edges=loss.num_edges))
+    return losses
+
+
+def _complaint(task: Task, batch: Batch, losses: Sequence[MicroLoss], grad_norm: float, mesh: Mesh) -> str:
+    """Names the records to look at: those of the micro-batches with a bad loss, else all of the batch."""
+
+    def is_bad(value: Tensor) -> bool:
+        return not bool(torch.isfinite(value).all())
+
+    named = [
+        (is_bad(loss.total) or is_bad(loss.sums), list(task.identifiers(micro_batch)))
+        for loss, micro_batch in zip(losses, batch.micro_batches, strict=True)
+    ]
+    everywhere = [entry for entries in gather_objects(named, mesh) for entry in entries]
+    bad_loss = any(bad for bad, _ in everywhere)
+    suspects = [name for bad, names in everywhere if bad or not bad_loss for name in names]
+    what = "the loss" if bad_loss else f"the gradient (norm {grad_norm})"
+    return (
+        f"{what} of step {batch.step} is not finite; nothing was updated or saved. Structures of the batch: "
+        f"{', '.join(suspects)}. Check their labels and geometry, or lower the learning rate"
+    )

@@ -1,0 +1,261 @@
+"""The loop: step, evaluate, save, stop, resume."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from janus.checkpoint import CheckpointError, CheckpointStore, capture_rng, read_directory, restore_rng
+from janus.comm.collectives import broadcast_tensors, gather_objects, on_main_rank
+from janus.mesh import Mesh
+from janus.telemetry import Progress, RunLog
+from janus.training.evaluation import evaluate
+from janus.training.learner import Learner
+from janus.training.signals import stop_on_signals
+from janus.training.step import StepReport, train_step
+from janus.training.task import EvaluationSource, Task, TrainingSource
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """The rhythm of a run.
+
+    Attributes:
+        num_steps: updates in all.
+        eval_interval: updates between two evaluations.
+        save_interval: updates between two checkpoints.
+        log_interval: updates between two records; a record covers all updates since the last one.
+        keep_last: checkpoints kept, beside that of the best evaluation.
+        resume: `auto` continues from the newest valid checkpoint if there is one, `never` refuses an output directory
+            that has checkpoints, anything else is the path of a checkpoint.
+        wandb_project: project for wandb, None for no wandb.
+    """
+
+    num_steps: int
+    eval_interval: int
+    save_interval: int
+    log_interval: int = 10
+    keep_last: int = 2
+    resume: str = "auto"
+    wandb_project: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        step: updates done.
+        stopped: whether a signal ended it early; the same command then continues it.
+        best_step: update with the smallest validation loss, None without a validation set.
+    """
+
+    step: int
+    stopped: bool
+    best_step: int | None
+
+
+class Trainer:
+    """Trains a task's model in a run directory: `log.csv`, `tensorboard/`, `checkpoints/`, and exports to `best/` and
+    `last/`, always with the averaged weights, which evaluations use as well.
+
+    Args:
+        directory: run directory, writable on rank 0 and readable on all ranks.
+        settings: resolved settings of the run, JSON-ready, by group; kept in the checkpoints. The group `model` must
+            not change when a run is resumed; other changes are announced.
+        provenance: goes into exported models.
+    """
+
+    def __init__(
+        self,
+        *,
+        task: Task,
+        learner: Learner,
+        train: TrainingSource,
+        valid: EvaluationSource | None,
+        config: TrainerConfig,
+        mesh: Mesh,
+        directory: Path,
+        settings: Mapping[str, Any],
+        provenance: Mapping[str, Any],
+    ) -> None:
+        self.task, self.learner, self.mesh, self.config = task, learner, mesh, config
+        self.train, self.valid = train, valid
+        self.directory, self.settings, self.provenance = directory, settings, provenance
+        self.store = CheckpointStore(directory=directory / "checkpoints", keep_last=config.keep_last)
+        self.best_step: int | None = None
+        self.best_loss = float("inf")
+        self.restored: Path | None = None
+
+    def run(self) -> Outcome:
+        """Resumes where it can, then trains to the last step or to a stop signal. All ranks call it.
+
+        Raises:
+            NonFiniteError: a loss is not finite; the checkpoints stay as they are.
+            CheckpointError: the checkpoint to resume from is damaged or of another model.
+        """
+        on_main_rank(lambda: self.directory.mkdir(parents=True, exist_ok=True), self.mesh)
+        broadcast_tensors(self.learner.model.state_dict().values(), self.mesh)
+        self._resume()
+        num_steps, learner = self.config.num_steps, self.learner
+        stopped = False
+        with stop_on_signals() as flag, self._logs():
+            if learner.step == 0:
+                self._evaluate()
+            pending: list[StepReport] = []
+            batches = self.train.batches(learner.step) if learner.step < num_steps else ()
+            for batch in batches:
+                rate = learner.learning_rate
+                totals = self.train.totals(batch.indices)
+                report = train_step(self.task, batch, totals, learner=learner, mesh=self.mesh, stop=flag.is_set)
+                pending.append(report)
+                stopped = report.stop and learner.step < num_steps
+                last = stopped or learner.step == num_steps
+                self._show(report, len(batch.indices), rate, pending, last)
+                if learner.step % self.config.eval_interval == 0 or learner.step == num_steps:
+                    self._evaluate()
+                if learner.step % self.config.save_interval == 0 or last:
+                    self._save()
+                if last:
+                    break
+            if stopped:
+                self._progress.say(f"stopped after step {learner.step} as asked; the same command continues from there")
+        return Outcome(step=learner.step, stopped=stopped, best_step=self.best_step)
+
+    # What is written -------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _logs(self) -> Iterator[None]:
+        """Progress and log, open inside of the block."""
+        columns = ("lr", "grad_norm", "structures_per_s", "edges_per_s", "seconds", *self.task.columns)
+        self._start = time.monotonic()
+        self._progress = Progress(
+            self.config.num_steps,
+            self.learner.step,
+            line_interval=self.config.log_interval,
+            active=self.mesh.is_main,
+        )
+        self._log = None
+        if self.mesh.is_main:
+            self._log = RunLog(
+                self.directory,
+                [*columns, *(f"valid_{name}" for name in self.task.columns)],
+                start_step=self.learner.step,
+                wandb_project=self.config.wandb_project,
+                config=self.settings,
+            )
+        if self.restored is not None:
+            self._progress.say(f"resuming after step {self.learner.step} from {self.restored}")
+        try:
+            yield
+        finally:
+            self._progress.close()
+            if self._log is not None:
+                self._log.close()
+
+    def _show(self, report: StepReport, num_records: int, rate: float, pending: list[StepReport], last: bool) -> None:
+        """Progress of this step; a record over all pending steps when it is time, which empties `pending`."""
+        step = self.learner.step
+        values = self.task.report(report.sums, 1)
+        rates = self._progress.step(step, num_records, report.num_edges, self.task.summary(values))
+        if self._log is not None and (step % self.config.log_interval == 0 or last):
+            values = self.task.report(np.sum([step.sums for step in pending], axis=0), len(pending))
+            speed = {"structures_per_s": rates[0], "edges_per_s": rates[1], "seconds": time.monotonic() - self._start}
+            self._log.write(step, {"lr": rate, "grad_norm": report.grad_norm, **speed, **values})
+        if step % self.config.log_interval == 0:
+            pending.clear()
+
+    def _evaluate(self) -> None:
+        """Validation errors of the averaged weights; exports them to `best/` if they are the best so far."""
+        if self.valid is None:
+            return
+        with self.learner.ema.applied():
+            report = self.task.report(evaluate(self.task, self.valid, self.mesh), 1)
+            if report["loss"] < self.best_loss:
+                self.best_loss, self.best_step = report["loss"], self.learner.step
+                self._export("best")
+        if self._log is not None:
+            self._log.write(self.learner.step, {f"valid_{name}": value for name, value in report.items()})
+        self._progress.say(f"step {self.learner.step}  validation: {self.task.summary(report)}")
+        self._progress.pause()
+
+    def _export(self, name: str) -> None:
+        """The model with the weights it has now."""
+        provenance = {**self.provenance, "step": self.learner.step}
+        on_main_rank(lambda: self.task.export(self.directory / name, provenance), self.mesh)
+
+    def _save(self) -> None:
+        """A checkpoint from rank 0, with the random states of all ranks; and the averaged weights to `last/`."""
+        state = {
+            "step": self.learner.step,
+            "best_step": self.best_step,
+            "best_loss": self.best_loss if self.best_step is not None else None,
+            "settings": self.settings,
+            "rng": gather_objects(capture_rng(), self.mesh),
+        }
+        tensors = self.learner.capture()
+        on_main_rank(lambda: self.store.save(self.learner.step, tensors, state, best_step=self.best_step), self.mesh)
+        with self.learner.ema.applied():
+            self._export("last")
+        self._progress.pause()
+
+    # Resuming --------------------------------------------------------------------------------------------------------
+
+    def _resume(self) -> None:
+        """Restores the state after the checkpoint's last update. The data position is the step itself."""
+        path = on_main_rank(self._checkpoint, self.mesh)
+        if path is None:
+            return
+        tensors, state = read_directory(path)
+        changed = _changes(state["settings"], self.settings)
+        if any(name.startswith("model.") for name in changed):
+            raise CheckpointError(
+                f"checkpoint {path} is of another model: {'; '.join(changed.values())}. "
+                "Use that run's model settings, or another output directory"
+            )
+        if self.mesh.is_main:
+            for change in changed.values():
+                print(f"resuming with a changed setting: {change}", flush=True)
+        self.learner.restore(tensors, int(state["step"]))
+        # A checkpoint of another run says nothing about what lies in this directory.
+        if state["best_step"] is not None and path.parent == self.store.directory:
+            self.best_step, self.best_loss = int(state["best_step"]), float(state["best_loss"])
+        if len(state["rng"]) == self.mesh.world_size:
+            restore_rng(state["rng"][self.mesh.rank])
+        elif self.mesh.is_main:
+            print(
+                f"random states are of {len(state['rng'])} ranks, not {self.mesh.world_size}: not restored", flush=True
+            )
+        self.restored = path
+
+    def _checkpoint(self) -> Path | None:
+        """What the setting `resume` means here and now."""
+        if self.config.resume == "auto":
+            return self.store.latest(lambda line: print(line, flush=True))
+        if self.config.resume != "never":
+            return Path(self.config.resume)
+        if self.store.steps():
+            raise CheckpointError(
+                f"{self.directory} holds checkpoints of a run already, and resume is `never`: "
+                "choose another output directory, or resume with `auto`"
+            )
+        return None
+
+
+def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, str]:
+    """Settings that differ, by `group.name`, with a text for each."""
+    missing = object()
+    changed = {}
+    for group in sorted({*before, *after}):
+        old, new = before.get(group, missing), after.get(group, missing)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            changed |= {f"{group}.{name}": f"{group}.{text}" for name, text in _changes(old, new).items()}
+        elif old != new:
+            changed[group] = f"{group} was {old}, is {new}" if old is not missing else f"{group} is {new}, was not set"
+    return changed

@@ -1,0 +1,70 @@
+"""What a run says."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from janus.telemetry import CsvLog, Progress, RunLog
+from janus.telemetry.csv_log import read_csv
+
+
+def test_csv_continues_where_the_run_continues(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    log = CsvLog(path, ["loss", "valid_loss"])
+    for step in (1, 2, 3):
+        log.write(step, {"loss": step / 3})
+    log.write(2, {"valid_loss": float("nan")})
+    log.close()
+    with path.open("a") as stream:
+        stream.write("4,0.1")  # killed while writing
+    assert [row["step"] for row in read_csv(path)] == [1, 2, 3, 2]
+    log = CsvLog(path, ["loss", "valid_loss", "new"], start_step=2)
+    log.write(3, {"new": 7.0})
+    log.close()
+    assert path.read_text().splitlines()[0] == "step,loss,valid_loss,new"
+    assert read_csv(path) == [
+        {"step": 1, "loss": 1 / 3},
+        {"step": 2, "loss": 2 / 3},
+        {"step": 2},
+        {"step": 3, "new": 7},
+    ]
+    CsvLog(path, ["loss"]).close()
+    assert path.read_text() == "step,loss\n"
+
+
+def test_records_reach_csv_and_tensorboard(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, ["loss", "valid_loss"])
+    log.write(1, {"loss": 1.0, "valid_loss": 2.0})
+    log.close()
+    assert read_csv(tmp_path / "log.csv") == [{"step": 1, "loss": 1, "valid_loss": 2}]
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+def test_wandb_that_is_not_there_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match=r"pip install 'janus-matris\[wandb\]'"):
+        RunLog(tmp_path, ["loss"], wandb_project="p")
+
+
+def test_plain_lines_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress(4, 1, line_interval=2)
+    for step in (2, 3, 4):
+        rates = progress.step(step, 8, 100, f"loss {step}")
+    progress.say("done")
+    progress.close()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[:2] for line in lines] == [["step 2/4", "loss 2"], ["step 4/4", "loss 4"], ["done"]]
+    assert "structures/s" in lines[0]
+    assert "ETA 00:00" in lines[1]
+    assert rates[1] == pytest.approx(12.5 * rates[0])
+
+
+def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress(4, active=False)
+    progress.step(1, 8, 100, "loss")
+    progress.say("done")
+    progress.close()
+    assert capsys.readouterr() == ("", "")

@@ -1,0 +1,182 @@
+"""The loop: what it writes, and that a run that was interrupted anyhow ends with the same bits."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from janus.checkpoint import CheckpointError, read_directory
+from janus.mesh import Mesh
+from janus.optim import AdamWConfig, Schedule
+from janus.telemetry.csv_log import read_csv
+from janus.training.learner import Learner
+from janus.training.step import NonFiniteError
+from janus.training.trainer import Outcome, Trainer, TrainerConfig
+from tests.janus.toy import ToyTask, toy_step, toy_training, toy_validation
+
+STEPS = 9
+
+
+def run(
+    directory: Path,
+    *,
+    steps: int = STEPS,
+    delay: float = 0.0,
+    bad: int = -1,
+    resume: str = "auto",
+    seed: int = 0,
+    save_interval: int = 2,
+    settings: dict[str, Any] | None = None,
+) -> Outcome:
+    task = ToyTask(seed, noise=0.1, delay=delay)
+    schedule = Schedule(lr=1e-2, num_steps=steps, warmup_steps=2)
+    trainer = Trainer(
+        task=task,
+        learner=Learner(task.model, AdamWConfig(), schedule, ema_decay=0.9, clip_grad=1.0),
+        train=toy_training(bad=bad),
+        valid=toy_validation(),
+        config=TrainerConfig(
+            num_steps=steps, eval_interval=3, save_interval=save_interval, log_interval=1, resume=resume
+        ),
+        mesh=Mesh(),
+        directory=directory,
+        settings=settings or {"model": {"width": 8}, "optim": {"lr": 1e-2}},
+        provenance={"code": "toy"},
+    )
+    return trainer.run()
+
+
+def final_state(directory: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
+    tensors, _ = read_directory(directory / "checkpoints" / f"step_{step:08d}")
+    return tensors
+
+
+def assert_same_bits(first: Path, second: Path) -> None:
+    one, other = final_state(first), final_state(second)
+    assert one.keys() == other.keys()
+    assert len(one) == 6 + 1 + 7 + 3 * 7  # weights, the unused one, averages, moments
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("uninterrupted")
+    assert run(directory).step == STEPS
+    return directory
+
+
+def test_run_directory(uninterrupted: Path) -> None:
+    rows = read_csv(uninterrupted / "log.csv")
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, STEPS + 1))
+    evaluations = [row for row in rows if "valid_loss" in row]
+    assert [row["step"] for row in evaluations] == [0, 3, 6, 9]
+    assert evaluations[-1]["valid_loss"] < evaluations[0]["valid_loss"]
+    assert all(row["lr"] > 0 and row["grad_norm"] > 0 and row["edges_per_s"] > 0 for row in rows if "loss" in row)
+    assert (uninterrupted / "best" / "config.json").is_file()
+    assert '"code": "toy"' in (uninterrupted / "last" / "config.json").read_text()
+    names = sorted(path.name for path in (uninterrupted / "checkpoints").iterdir())
+    assert names == ["step_00000008", "step_00000009"]
+
+
+def kill_at(directory: Path, step: int) -> None:
+    """Trains in another process and kills it once `step` shows up in the log."""
+    process = multiprocessing.get_context("fork").Process(target=run, args=(directory,), kwargs={"delay": 0.02})
+    process.start()
+    log = directory / "log.csv"
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        if log.is_file() and any(row["step"] >= step and "loss" in row for row in read_csv(log)):
+            break
+        time.sleep(0.002)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("step", [1, 2, 5, 6, 8])
+def test_killed_run_resumes_to_the_same_bits(uninterrupted: Path, tmp_path: Path, step: int) -> None:
+    kill_at(tmp_path, step)
+    # Other initial weights where there is a checkpoint: all must come from it.
+    saved = list((tmp_path / "checkpoints").glob("step_*"))
+    assert run(tmp_path, seed=7 if saved else 0).step == STEPS
+    assert_same_bits(tmp_path, uninterrupted)
+    rows = read_csv(tmp_path / "log.csv")
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, STEPS + 1))
+
+
+def test_kill_at_any_moment_even_twice(uninterrupted: Path, tmp_path: Path) -> None:
+    kill_at(tmp_path, 4)
+    kill_at(tmp_path, 7)
+    run(tmp_path)
+    assert_same_bits(tmp_path, uninterrupted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signals_save_and_stop(uninterrupted: Path, tmp_path: Path, number: signal.Signals) -> None:
+    def train() -> None:
+        outcome = run(tmp_path, delay=0.02, save_interval=100)
+        os._exit(42 if outcome.stopped else 0)
+
+    process = multiprocessing.get_context("fork").Process(target=train)
+    process.start()
+    while not (tmp_path / "log.csv").is_file() or len(read_csv(tmp_path / "log.csv")) < 4:
+        time.sleep(0.002)
+    assert process.pid is not None
+    os.kill(process.pid, number)
+    process.join(30)
+    assert process.exitcode == 42
+    (checkpoint,) = (tmp_path / "checkpoints").iterdir()
+    assert 3 <= int(checkpoint.name.removeprefix("step_")) < STEPS
+    assert not run(tmp_path).stopped
+    assert_same_bits(tmp_path, uninterrupted)
+
+
+def test_damaged_checkpoint_falls_back(uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path)
+    file = tmp_path / "checkpoints" / f"step_{STEPS:08d}" / "tensors.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    run(tmp_path)
+    assert f"{file} is damaged" in capsys.readouterr().out
+    assert_same_bits(tmp_path, uninterrupted)
+
+
+def test_finished_run_stays_as_it_is(tmp_path: Path) -> None:
+    run(tmp_path)
+    before = final_state(tmp_path)
+    assert run(tmp_path) == Outcome(step=STEPS, stopped=False, best_step=9)
+    assert all(torch.equal(value, final_state(tmp_path)[name]) for name, value in before.items())
+
+
+def test_non_finite_loss_leaves_the_checkpoints(tmp_path: Path) -> None:
+    run(tmp_path, steps=4)
+    before = final_state(tmp_path, 4)
+    bad = int(toy_step(6).indices[0])
+    with pytest.raises(NonFiniteError, match=f"record-{bad}"):
+        run(tmp_path, bad=bad, save_interval=100)
+    assert all(torch.equal(value, final_state(tmp_path, 4)[name]) for name, value in before.items())
+
+
+def test_resume_never_and_from_a_path(tmp_path: Path) -> None:
+    run(tmp_path, steps=4)
+    with pytest.raises(CheckpointError, match="holds checkpoints of a run already"):
+        run(tmp_path, steps=4, resume="never")
+    assert run(tmp_path / "other", resume=str(tmp_path / "checkpoints" / "step_00000004")).step == STEPS
+    with pytest.raises(CheckpointError, match="is no directory"):
+        run(tmp_path / "third", resume=str(tmp_path / "nothing"))
+
+
+def test_changed_settings_are_told_or_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path, steps=4)
+    run(tmp_path, steps=6, settings={"model": {"width": 8}, "optim": {"lr": 2e-2}})
+    assert "resuming with a changed setting: optim.lr was 0.01, is 0.02" in capsys.readouterr().out
+    with pytest.raises(CheckpointError, match=r"another model: model.width was 8, is 9"):
+        run(tmp_path, settings={"model": {"width": 9}})

@@ -1,0 +1,14 @@
+"""Slow imports of a rank, done once by the process that all ranks are forked from."""
+
+import os
+import warnings
+
+os.environ["OMP_NUM_THREADS"] = "1"
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import torch
+    import torch.distributed
+    from megatron.core import parallel_state
+    from torch import _dynamo
+
+__all__ = ["_dynamo", "parallel_state", "torch"]

@@ -1,0 +1,69 @@
+"""Runs a function on several gloo ranks, each a process of its own, and returns what each rank returned."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import socket
+import traceback
+import warnings
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+# The ranks are forked from a server that has imported the slow modules once.
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["tests.parallel.preload"])
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120.0) -> list[Any]:
+    """Calls `function(mesh, *arguments)` on every rank and returns the results in rank order.
+
+    Function and arguments must be picklable. A rank's exception fails the call, with its traceback.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    pipes, processes = [], []
+    for rank in range(world_size):
+        receiver, sender = _CONTEXT.Pipe(duplex=False)
+        process = _CONTEXT.Process(target=_rank, args=(sender, rank, world_size, port, function, arguments))
+        process.start()
+        sender.close()
+        pipes.append(receiver)
+        processes.append(process)
+    outcomes: list[tuple[bool, Any]] = []
+    try:
+        for rank, pipe in enumerate(pipes):
+            assert pipe.poll(timeout), f"rank {rank} of {world_size} gave no result within {timeout} s"
+            outcomes.append(pickle.loads(pipe.recv_bytes()))
+    finally:
+        for process in processes:
+            process.join(10.0 if len(outcomes) == world_size else 0.1)
+            process.kill()
+    for succeeded, value in outcomes:
+        assert succeeded, value
+    return [value for _, value in outcomes]
+
+
+def _rank(
+    sender: Connection, rank: int, world_size: int, port: int, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    # A collective that autograd does not know would give silently wrong second derivatives.
+    warnings.filterwarnings("error", message=".*an autograd kernel was not registered.*")
+    import torch
+
+    from janus.mesh import open_mesh
+
+    torch.set_num_threads(1)
+    try:
+        with open_mesh("cpu", timeout_minutes=1.0) as mesh:
+            outcome = (True, function(mesh, *arguments))
+    except Exception:
+        outcome = (False, f"rank {rank} of {world_size}:\n{traceback.format_exc()}")
+    # By value: the default shares tensors' memory, which ends with this process.
+    sender.send_bytes(pickle.dumps(outcome))
