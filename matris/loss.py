@@ -1,0 +1,136 @@
+"""The force-matching loss of a global batch, as a sum over its micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from janus.ops.segment import segment_sum
+from matris.config import ForceReduction, LossConfig, LossKind
+from matris.graph.batch import GraphBatch, LabelBatch
+from matris.model import Prediction
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelTotals:
+    """How many labels the global batch has: the denominators of the loss terms, known before any micro-batch is read.
+
+    Attributes:
+        energy_structures, forces_structures, stress_structures: structures with that label.
+        forces_atoms, magmoms_atoms: atoms of the structures with forces, with magnetic moments.
+    """
+
+    energy_structures: float
+    forces_structures: float
+    forces_atoms: float
+    stress_structures: float
+    magmoms_atoms: float
+
+    @staticmethod
+    def of(labels: Iterable[tuple[GraphBatch, LabelBatch]]) -> LabelTotals:
+        """Counted from batches themselves."""
+        counts = torch.zeros(5, dtype=torch.float64)
+        for graph, label in labels:
+            atoms = graph.atoms_per_structure
+            counts += torch.stack(
+                [
+                    label.energy_mask.sum(),
+                    label.forces_mask.sum(),
+                    atoms[label.forces_mask].sum(),
+                    label.stress_mask.sum(),
+                    atoms[label.magmoms_mask].sum(),
+                ]
+            ).cpu()
+        energy, forces, forces_atoms, stress, magmoms = counts.tolist()
+        return LabelTotals(
+            energy_structures=energy,
+            forces_structures=forces,
+            forces_atoms=forces_atoms,
+            stress_structures=stress,
+            magmoms_atoms=magmoms,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossTerms:
+    """Terms of the loss, each already divided by its count in the global batch and not yet weighted, float64 scalars.
+
+    Attributes:
+        energy: per atom, eV; forces: eV/A; stress: eV/A^3; magmoms: Bohr magnetons (squared for `mse` and `huber`).
+        total: weighted sum. Summed over all micro-batches of all ranks it is the loss of the global batch.
+    """
+
+    energy: Tensor
+    forces: Tensor
+    stress: Tensor
+    magmoms: Tensor
+    total: Tensor
+
+
+def force_matching_loss(
+    prediction: Prediction, labels: LabelBatch, batch: GraphBatch, totals: LabelTotals, config: LossConfig
+) -> LossTerms:
+    """Loss of one micro-batch, normalised by the label counts of the global batch.
+
+    Errors are formed in float64; missing labels contribute nothing. A term of weight zero is not evaluated.
+
+    Raises:
+        ValueError: a term has a weight but the prediction lacks the quantity.
+    """
+    zero = prediction.interaction_energy.new_zeros(())
+    energy = forces = stress = magmoms = zero
+    if config.energy_weight and totals.energy_structures:
+        mask = labels.energy_mask
+        # The reference energies go to the label's side: the difference is small, and exact.
+        target = (labels.energy - prediction.reference_energy)[mask]
+        error = (prediction.interaction_energy[mask] - target) / batch.atoms_per_structure[mask]
+        energy = _elementwise(error, config.energy, config.huber_delta).sum() / totals.energy_structures
+    if config.forces_weight and totals.forces_structures:
+        per_atom = _force_error(_required(prediction.forces, "forces") - labels.forces, config)
+        if config.force_reduction is ForceReduction.graph:
+            per_structure = segment_sum(per_atom, batch.structure_index, batch.num_structures)
+            per_structure = per_structure / batch.atoms_per_structure
+            forces = per_structure[labels.forces_mask].sum() / totals.forces_structures
+        else:
+            forces = per_atom[labels.forces_mask[batch.structure_index]].sum() / totals.forces_atoms
+    if config.stress_weight and totals.stress_structures:
+        mask = labels.stress_mask
+        error = _required(prediction.stress, "stress")[mask] - labels.stress[mask]
+        stress = _elementwise(error, config.stress, config.huber_delta).mean(dim=(1, 2)).sum()
+        stress = stress / totals.stress_structures
+    if config.magmoms_weight and totals.magmoms_atoms:
+        mask = labels.magmoms_mask[batch.structure_index]
+        error = prediction.magmoms[mask] - labels.magmoms[mask].abs()
+        magmoms = _elementwise(error, config.magmoms, config.huber_delta).sum() / totals.magmoms_atoms
+    total = (
+        config.energy_weight * energy
+        + config.forces_weight * forces
+        + config.stress_weight * stress
+        + config.magmoms_weight * magmoms
+    )
+    return LossTerms(energy=energy, forces=forces, stress=stress, magmoms=magmoms, total=total)
+
+
+def _required(value: Tensor | None, name: str) -> Tensor:
+    if value is None:
+        raise ValueError(f"the loss has a {name} term, but the prediction has no {name}: ask the model for it")
+    return value
+
+
+def _elementwise(error: Tensor, kind: LossKind, delta: float) -> Tensor:
+    if kind is LossKind.mae:
+        return error.abs()
+    if kind is LossKind.mse:
+        return error.square()
+    return functional.huber_loss(error, torch.zeros_like(error), reduction="none", delta=delta)
+
+
+def _force_error(error: Tensor, config: LossConfig) -> Tensor:
+    """(N, 3) to (N,)."""
+    if config.forces is LossKind.l2norm:
+        return torch.linalg.vector_norm(error, dim=1)
+    return _elementwise(error, config.forces, config.huber_delta).mean(dim=1)
