@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from janus import __version__
@@ -41,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if verb not in VERBS:
         print(f"janus-matris: error: no verb {verb!r}; one of {', '.join(VERBS)}", file=sys.stderr)
         return 2
+    # Said four times by megatron-core on import; neither is needed.
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
     try:
         return int(importlib.import_module(VERBS[verb][0]).main(normalise_option_names(rest)) or 0)
     except KeyboardInterrupt:

@@ -1,0 +1,100 @@
+"""MatRIS as an ASE calculator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from ase import Atoms
+from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
+from ase.stress import full_3x3_to_voigt_6_stress
+
+from matris.config import Precision
+from matris.exported import load_model
+from matris.graph.batch import collate_graphs
+from matris.graph.build import build_graph
+from matris.graph.structure import Structure
+from matris.model import MatRIS
+
+PRECISIONS = {"float32": Precision.fp32, "float64": Precision.fp64}
+
+
+class MatRISCalculator(Calculator):
+    """Energies, forces, stress and magnetic moments of an `ase.Atoms`, which is never edited.
+
+    One evaluation gives every property; ASE keeps it until positions, numbers, cell or pbc change. The calculator can
+    be pickled (its model travels with it) and gives the same numbers afterwards.
+
+    Results: `energy` and `free_energy` (eV, equal: there are no electrons to smear), `energies` (N,) eV per atom,
+    `forces` (N, 3) eV/A, `stress` (6,) eV/A^3 in the order xx yy zz yz xz xy, positive when tensile, and `magmoms` (N,)
+    Bohr magnetons. The stress is defined for cells that are periodic in all three directions only; asking for another
+    one raises ASE's `PropertyNotImplementedError`.
+
+    Args:
+        model: directory of a saved model, or a model; of a model a copy is taken, so later training does not matter.
+        device: `cpu`, `cuda`, `cuda:1`, ...
+        dtype: `float32`, or `float64` for vibrations, tight relaxations and other differences of small numbers.
+        task: name of the label set to predict; only needed for models that know several.
+
+    Raises:
+        ValueError: missing or damaged model, unknown dtype or task, a device that is not there; at evaluation: NaN
+            positions, elements beyond Pu, a periodic direction without a volume.
+    """
+
+    implemented_properties: ClassVar[list[str]] = ["energy", "free_energy", "energies", "forces", "stress", "magmoms"]
+    ignored_changes: ClassVar[set[str]] = {"initial_charges", "initial_magmoms"}
+
+    def __init__(
+        self, model: str | Path | MatRIS, device: str = "cpu", dtype: str = "float32", task: str | None = None
+    ) -> None:
+        super().__init__()
+        if dtype not in PRECISIONS:
+            raise ValueError(f"dtype is {dtype!r}: allowed are {', '.join(PRECISIONS)}")
+        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device is {device!r}: torch finds no CUDA device; use device='cpu'")
+        if task is not None:
+            raise ValueError(f"task is {task!r}: this model has one task without a name; leave task away")
+        self.device = torch.device(device)
+        precision = PRECISIONS[dtype]
+        if isinstance(model, MatRIS):
+            self.model = MatRIS(model.hyper, precision=precision)
+            self.model.load_state_dict(model.state_dict())
+        else:
+            self.model = load_model(Path(model), precision=precision)
+        self.model.to(self.device).eval()
+
+    def calculate(
+        self,
+        atoms: Atoms | None = None,
+        properties: Sequence[str] = ("energy",),
+        system_changes: Sequence[str] = tuple(all_changes),
+    ) -> None:
+        """Evaluate every property at once (the arguments are ASE's)."""
+        super().calculate(atoms, properties, system_changes)
+        structure = Structure.from_atoms(self.atoms)
+        periodic = bool(structure.pbc.all())
+        if "stress" in properties and not periodic:
+            raise PropertyNotImplementedError(
+                f"stress of a structure with pbc {structure.pbc.tolist()}: it is a derivative per volume, so the cell "
+                "must be periodic in all three directions"
+            )
+        hyper = self.model.hyper
+        graph = build_graph(
+            structure, pairwise_cutoff=hyper.pairwise_cutoff, three_body_cutoff=hyper.three_body_cutoff
+        )
+        batch = collate_graphs([graph]).to(self.device)
+        prediction = self.model(batch, stress=periodic)
+        reference = self.model.reference_energies[batch.numbers - 1]
+        energy = prediction.energy.item()
+        results: dict[str, Any] = {
+            "energy": energy,
+            "free_energy": energy,
+            "energies": (prediction.energies + reference).detach().cpu().numpy(),
+            "forces": prediction.forces.cpu().numpy(),
+            "magmoms": prediction.magmoms.cpu().numpy(),
+        }
+        if periodic:
+            results["stress"] = full_3x3_to_voigt_6_stress(prediction.stress[0].cpu().numpy())
+        self.results = results

@@ -1,0 +1,83 @@
+"""`janus-matris info`: what a model is."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+
+from matris.config import ModelConfig
+from matris.presets import PRESETS
+
+PROG = "janus-matris info"
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog=PROG,
+        usage=f"{PROG} [--json] (--model DIR | [--preset NAME] [--model.FIELD VALUE ...])",
+        description="Parameters, hyper-parameters, elements and provenance of a saved model, or of one to be made.",
+        epilog="hyper-parameters and their defaults, Angstrom (`janus-matris train --help` explains them):\n"
+        + "\n".join(f"  --model.{field.name} {_plain(field.default)}" for field in fields(ModelConfig)),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", type=Path, metavar="DIR", help="model directory")
+    parser.add_argument("--preset", choices=PRESETS, help="a published size, to start from")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options, rest = parser.parse_known_args(arguments)
+    if options.model is not None:
+        if rest or options.preset:
+            parser.error(f"--model DIR is complete by itself: {' '.join(rest) or '--preset'} cannot be added")
+        facts = _of_directory(options.model)
+    else:
+        facts = _of_config(_hyper_parameters(options.preset, rest))
+    print(json.dumps(facts, indent=1) if options.json else _table(facts))
+    return 0
+
+
+def _hyper_parameters(preset: str | None, arguments: list[str]) -> ModelConfig:
+    parser = jsonargparse.ArgumentParser(prog=PROG)
+    parser.add_class_arguments(ModelConfig, "model")
+    base = PRESETS[preset] if preset else ModelConfig()
+    parser.set_defaults({f"model.{field.name}": getattr(base, field.name) for field in fields(base)})
+    return parser.instantiate_classes(parser.parse_args(arguments)).model
+
+
+def _of_directory(directory: Path) -> dict[str, Any]:
+    from matris.exported import load_model, num_parameters, read_config
+
+    config = read_config(directory)
+    config["parameters"] = num_parameters(load_model(directory))  # verifies the checksum as well
+    return config
+
+
+def _of_config(hyper: ModelConfig) -> dict[str, Any]:
+    from matris.exported import num_parameters
+    from matris.model import MatRIS
+
+    return {"model": hyper.to_dict(), "parameters": num_parameters(MatRIS(hyper))}
+
+
+def _table(facts: dict[str, Any]) -> str:
+    lines = []
+    for name, value in facts.items():
+        if name == "reference_energies":
+            value = {symbol: energy for symbol, energy in value.items() if energy != 0.0} or "all zero"
+        if isinstance(value, dict):
+            lines.append(f"{name}:")
+            lines += [f"  {key:<24} {_plain(entry)}" for key, entry in value.items()]
+        else:
+            lines.append(f"{name:<26} {_plain(value)}")
+    return "\n".join(lines)
+
+
+def _plain(value: Any) -> str:
+    value = getattr(value, "value", value)
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value)) if len(value) < 10 else f"{value[0]}..{value[-1]} ({len(value)})"
+    return f"{value:,}".replace(",", " ") if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -1,0 +1,43 @@
+"""What the verbs `relax` and `md` share on the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jsonargparse import ArgumentParser, Namespace
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+
+def add_common_options(parser: ArgumentParser, *, dtype: str) -> None:
+    """Structure, model and output options; `dtype` is the verb's default number format."""
+    parser.add_argument("structure", type=Path, help="file with the structure, any format that ASE reads")
+    parser.add_argument("--model", type=Path, required=True, help="model directory")
+    parser.add_argument("--index", type=int, default=-1, help="which structure of the file; -1 is the last")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=None,
+        help="directory for trajectory, log, final structure and summary; by default STRUCTURE's name and the verb's",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace results that are already there")
+    parser.add_argument("--device", type=str, default="cpu", help="cpu, cuda, cuda:1, ...")
+    parser.add_argument("--dtype", choices=["float32", "float64"], default=dtype, help="number format of the model")
+    parser.add_argument("--task", type=str, default=None, help="label set to predict, for models that know several")
+
+
+def output_of(options: Namespace, verb: str) -> Path:
+    """The output directory, by default in the working directory."""
+    return options.output or Path(f"{options.structure.stem}-{verb}")
+
+
+def read_atoms(options: Namespace) -> Atoms:
+    """The structure, with the model as its calculator."""
+    from matris.ase_files import read_structure
+    from matris.calculator import MatRISCalculator
+
+    atoms = read_structure(options.structure, options.index)
+    atoms.calc = MatRISCalculator(options.model, options.device, options.dtype, options.task)
+    return atoms
