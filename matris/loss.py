@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -11,48 +10,8 @@ from torch.nn import functional
 
 from janus.ops.segment import segment_sum
 from matris.config import ForceReduction, LossConfig, LossKind
-from matris.graph.batch import GraphBatch, LabelBatch
+from matris.graph.batch import GraphBatch, LabelBatch, LabelTotals
 from matris.model import Prediction
-
-
-@dataclass(frozen=True, kw_only=True)
-class LabelTotals:
-    """How many labels the global batch has: the denominators of the loss terms, known before any micro-batch is read.
-
-    Attributes:
-        energy_structures, forces_structures, stress_structures: structures with that label.
-        forces_atoms, magmoms_atoms: atoms of the structures with forces, with magnetic moments.
-    """
-
-    energy_structures: float
-    forces_structures: float
-    forces_atoms: float
-    stress_structures: float
-    magmoms_atoms: float
-
-    @staticmethod
-    def of(labels: Iterable[tuple[GraphBatch, LabelBatch]]) -> LabelTotals:
-        """Counted from batches themselves."""
-        counts = torch.zeros(5, dtype=torch.float64)
-        for graph, label in labels:
-            atoms = graph.atoms_per_structure
-            counts += torch.stack(
-                [
-                    label.energy_mask.sum(),
-                    label.forces_mask.sum(),
-                    atoms[label.forces_mask].sum(),
-                    label.stress_mask.sum(),
-                    atoms[label.magmoms_mask].sum(),
-                ]
-            ).cpu()
-        energy, forces, forces_atoms, stress, magmoms = counts.tolist()
-        return LabelTotals(
-            energy_structures=energy,
-            forces_structures=forces,
-            forces_atoms=forces_atoms,
-            stress_structures=stress,
-            magmoms_atoms=magmoms,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -154,7 +154,7 @@ class StoreReader:
                 raise ValueError(f"{self.path}: unfinished store; prepare it again")
             version = int(file.attrs["version"])
             if version != VERSION:
-                raise ValueError(f"{self.path}: store version {version}, this program reads {VERSION}; prepare it again")
+                raise ValueError(f"{self.path}: store version {version}, expected {VERSION}; prepare it again")
             self.fields = tuple(
                 Field(**{**field, "shape": tuple(field["shape"])}) for field in json.loads(file.attrs["fields"])
             )

@@ -125,9 +125,7 @@ def iter_blocks(paths: list[str]) -> Iterator[FrameBlock]:
         for frame, progress in _SPLITTERS[kind](path):
             frames.append(frame)
             if len(frames) == block_size(number):
-                yield FrameBlock(
-                    path=path, kind=kind, first=first, frames=tuple(frames), num_bytes=progress - position
-                )
+                yield FrameBlock(path=path, kind=kind, first=first, frames=tuple(frames), num_bytes=progress - position)
                 number, first, position, frames = number + 1, first + len(frames), progress, []
         if frames:
             rest = os.path.getsize(path) - position
@@ -292,12 +290,15 @@ def _split_ase(path: str) -> Iterator[tuple[Atoms, int]]:
 
     number = 0
     try:
-        for number, atoms in enumerate(ase.io.iread(path, ":")):
+        for atoms in ase.io.iread(path, ":"):
             yield atoms, 0
+            number += 1
     except UnknownFileTypeError as error:
         raise ValueError(f"{path}: ASE does not know this file format ({error})") from error
     except _UNREADABLE as error:
-        raise ValueError(f"{path}: cannot be read after frame {number} ({type(error).__name__}: {error})") from error
+        raise ValueError(
+            f"{path}: cannot be read at frame {number}, counted from 0 ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _parse_ase(block: FrameBlock) -> Iterator[Atoms | Exception]:

@@ -81,7 +81,7 @@ def read_labels(atoms: Atoms, keys: LabelKeys) -> FoundLabels:
     sources: dict[str, str] = {}
     for label in SEARCH_ORDER:
         for key, source, value in _candidates(atoms, label, keys):
-            is_virial = key == keys.virials or "virial" in key.lower() and key != keys.stress
+            is_virial = key == keys.virials or ("virial" in key.lower() and key != keys.stress)
             try:
                 if label != "stress":
                     shape = {"energy": (), "forces": (len(atoms), 3), "magmoms": (len(atoms),)}[label]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -97,6 +97,46 @@ class LabelBatch(_TensorFields):
     stress_mask: Tensor
     magmoms: Tensor
     magmoms_mask: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelTotals:
+    """How many labels the global batch has: the denominators of the loss terms, known before any micro-batch is read.
+
+    Attributes:
+        energy_structures, forces_structures, stress_structures: structures with that label.
+        forces_atoms, magmoms_atoms: atoms of the structures with forces, with magnetic moments.
+    """
+
+    energy_structures: float
+    forces_structures: float
+    forces_atoms: float
+    stress_structures: float
+    magmoms_atoms: float
+
+    @staticmethod
+    def of(labels: Iterable[tuple[GraphBatch, LabelBatch]]) -> LabelTotals:
+        """Counted from batches themselves."""
+        counts = torch.zeros(5, dtype=torch.float64)
+        for graph, label in labels:
+            atoms = graph.atoms_per_structure
+            counts += torch.stack(
+                [
+                    label.energy_mask.sum(),
+                    label.forces_mask.sum(),
+                    atoms[label.forces_mask].sum(),
+                    label.stress_mask.sum(),
+                    atoms[label.magmoms_mask].sum(),
+                ]
+            ).cpu()
+        energy, forces, forces_atoms, stress, magmoms = counts.tolist()
+        return LabelTotals(
+            energy_structures=energy,
+            forces_structures=forces,
+            forces_atoms=forces_atoms,
+            stress_structures=stress,
+            magmoms_atoms=magmoms,
+        )
 
 
 def collate_graphs(graphs: Sequence[Graph]) -> GraphBatch:

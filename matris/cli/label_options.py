@@ -1,0 +1,47 @@
+"""The options that say where the labels are, shared by the verbs that read files."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matris.data.labels import LabelKeys
+
+STRESS_UNITS = ("eV/A^3", "GPa", "kbar-vasp")
+
+
+def add_label_options(parser: argparse.ArgumentParser) -> None:
+    """--energy_key, --forces_key, --stress_key, --virials_key, --magmoms_key and --stress_unit."""
+    for name, meaning in (
+        ("energy", "total energy, eV"),
+        ("forces", "forces, eV/A"),
+        ("stress", "stress: 3x3, 9 or 6 values xx yy zz yz xz xy"),
+        ("virials", "virials, eV (stress = -virials / volume)"),
+        ("magmoms", "magnetic moments, Bohr magnetons"),
+    ):
+        parser.add_argument(
+            f"--{name}_key",
+            metavar="KEY",
+            help=f"key of the {meaning} [default: REF_{name}, then {name}, then the calculator's result]",
+        )
+    parser.add_argument(
+        "--stress_unit",
+        choices=STRESS_UNITS,
+        default="eV/A^3",
+        help="of the stress in the files; eV/A^3 and GPa: tensile positive; kbar-vasp: compression positive",
+    )
+
+
+def label_keys(options: argparse.Namespace) -> LabelKeys:
+    """The keys that the parsed options name."""
+    from matris.data.labels import LabelKeys, StressUnit
+
+    return LabelKeys(
+        energy=options.energy_key,
+        forces=options.forces_key,
+        stress=options.stress_key,
+        virials=options.virials_key,
+        magmoms=options.magmoms_key,
+        stress_unit=StressUnit(options.stress_unit),
+    )

@@ -1,0 +1,289 @@
+"""Stores, or files prepared into a cache, as one random-access data set; and batches made of its samples."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from janus.data.packing import Budget
+from janus.data.parallel_map import map_in_order
+from janus.data.store import COPY_RECORDS, StoreReader
+from matris.data.frames import FileKind, expand_path, file_kind
+from matris.data.labels import LabelKeys
+from matris.data.prepare import PrepareOptions, PrepareReport, check_wanted, prepare
+from matris.data.records import LABEL_NAMES, Sample, from_record
+from matris.graph.batch import GraphBatch, LabelBatch, LabelTotals, collate_graphs, collate_labels
+from matris.graph.build import build_graph, count_graph
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelPresence:
+    """Which records have which label, (n,) bool each."""
+
+    energy: np.ndarray
+    forces: np.ndarray
+    stress: np.ndarray
+    magmoms: np.ndarray
+
+
+class StructureDataset:
+    """Labelled structures of several stores, one after the other; read from disk when asked for.
+
+    In memory it keeps the sizes, label masks and tasks of the records. Picklable; every process opens its own files.
+
+    Attributes:
+        stores: the files.
+        sizes: (n, 3) int64 atoms, directed edges and angles of each record under the cutoffs.
+        label_presence: which records have which label.
+        task_names: sorted.
+        task_index: (n,) int64 into `task_names`.
+        report: which keys the labels came from.
+    """
+
+    def __init__(self, stores: Sequence[StoreReader], sizes: np.ndarray, *, records: np.ndarray | None = None) -> None:
+        """
+        Args:
+            stores: with the fields of `matris.data.records`.
+            sizes: of all records of all stores.
+            records: records that the data set consists of, in its order; all by default.
+        """
+        self.stores = tuple(stores)
+        self._ends = np.cumsum([len(store) for store in stores])
+        self._all_sizes = sizes
+        self._records = np.arange(len(sizes)) if records is None else records
+        chosen = self._records
+        self.sizes = sizes[chosen]
+        self.label_presence = LabelPresence(
+            **{name: np.concatenate([store.mask(name) for store in stores])[chosen] for name in LABEL_NAMES}
+        )
+        tasks = np.concatenate([store.column("task") for store in stores])
+        names, task_index = np.unique(tasks, return_inverse=True)
+        self.task_names = tuple(name.decode() for name in names)
+        self.task_index = task_index[chosen]
+        self.report = PrepareReport.join(PrepareReport.of_store(store) for store in stores)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Sample:
+        store, record = self._locate(index)
+        return from_record(store[record])
+
+    def identifier(self, index: int) -> str:
+        """Where a record comes from, `file:frame`."""
+        return self[index].identifier
+
+    def subset(self, indices: np.ndarray) -> StructureDataset:
+        """The records `indices`, in that order. Task names stay those of the whole."""
+        return StructureDataset(self.stores, self._all_sizes, records=self._records[indices])
+
+    def split(self, fraction: float, seed: int) -> tuple[StructureDataset, StructureDataset]:
+        """The rest, and a random `fraction` of the records (at least one), each in the order of the files.
+
+        Raises:
+            ValueError: a fraction outside 0..1, or so large that nothing is left.
+        """
+        count = max(1, round(fraction * len(self)))
+        if not 0.0 < fraction < 1.0 or count >= len(self):
+            raise ValueError(f"cannot set a fraction {fraction} of {len(self)} records aside: choose between 0 and 1")
+        order = np.random.default_rng(seed).permutation(len(self))
+        return self.subset(np.sort(order[count:])), self.subset(np.sort(order[:count]))
+
+    def compositions(self) -> tuple[np.ndarray, np.ndarray]:
+        """Total energies (m,) eV and counts of elements (m, 95) of the records with energy, to fit references."""
+        energies, counts = [], []
+        for index in np.nonzero(self.label_presence.energy)[0]:
+            sample = self[int(index)]
+            energies.append(sample.labels.energy)
+            counts.append(np.bincount(sample.structure.numbers, minlength=95))
+        return np.array(energies, dtype=np.float64), np.array(counts).reshape(-1, 95)
+
+    def _locate(self, index: int) -> tuple[StoreReader, int]:
+        record = int(self._records[index])
+        which = int(np.searchsorted(self._ends, record, side="right"))
+        return self.stores[which], record - (int(self._ends[which - 1]) if which else 0)
+
+
+def open_dataset(
+    paths: Sequence[str],
+    *,
+    pairwise_cutoff: float,
+    three_body_cutoff: float,
+    keys: LabelKeys | None = None,
+    wanted: Sequence[str] = ("energy",),
+    cache_dir: Path | str | None = None,
+    num_workers: int = 0,
+    progress: bool = False,
+) -> StructureDataset:
+    """Stores as they are; other files prepared on first use into a cache, by one process while others wait.
+
+    Args:
+        paths: stores (.h5) or any files that `janus-matris prepare` takes.
+        pairwise_cutoff, three_body_cutoff: of the model, Angstrom; stores counted with others are recounted once.
+        keys: where the labels of other files are.
+        wanted: labels that must be in at least one record of all paths together.
+        cache_dir: `~/.cache/janus-matris` by default; entries are named by path, size and time of change of the
+            file and by the options, so they never go stale.
+        num_workers: processes that prepare.
+        progress: show bars.
+    Raises:
+        ValueError: unreadable or corrupt files, a wanted label found nowhere, no record.
+    """
+    if not paths:
+        raise ValueError("no data files given")
+    cache = Path(cache_dir) if cache_dir is not None else Path.home() / ".cache" / "janus-matris"
+    keys = keys or LabelKeys()
+    # Labels are looked for in all paths together, so none is wanted of a single file.
+    options = PrepareOptions(keys=keys, wanted=(), pairwise_cutoff=pairwise_cutoff, three_body_cutoff=three_body_cutoff)
+    stores, sizes = [], []
+    for path in paths:
+        files = expand_path(str(path))
+        if file_kind(files[0]) is not FileKind.store:
+            files = [str(_prepare_into_cache(str(path), files, cache, options, num_workers, progress))]
+        for file in files:
+            store = StoreReader(file)
+            stores.append(store)
+            sizes.append(_sizes(store, cache, options, num_workers))
+    dataset = StructureDataset(stores, np.concatenate(sizes))
+    where = ", ".join(map(str, paths))
+    if not len(dataset):
+        raise ValueError(f"{where}: no structure at all")
+    check_wanted(dataset.report, wanted, keys, where)
+    return dataset
+
+
+def _prepare_into_cache(
+    path: str, files: list[str], cache: Path, options: PrepareOptions, num_workers: int, progress: bool
+) -> Path:
+    stats = [(os.path.realpath(file), os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
+    digest = hashlib.sha256(json.dumps([stats, asdict(options)]).encode()).hexdigest()[:16]
+    output = cache / f"{Path(path).name}-{digest}.h5"
+    if not output.exists():
+        logger.info("preparing %s into %s", path, output)
+        # Files under their real names: the same file reached by another way is the same entry.
+        prepare([real for real, _, _ in stats], output, options, num_workers=num_workers, progress=progress, wait=True)
+    return output
+
+
+def _sizes(store: StoreReader, cache: Path, options: PrepareOptions, num_workers: int) -> np.ndarray:
+    """Sizes under the wanted cutoffs: those of the store, or counted once and kept beside the cached stores."""
+    cutoffs = (options.pairwise_cutoff, options.three_body_cutoff)
+    if not len(store) or (store.attributes["pairwise_cutoff"], store.attributes["three_body_cutoff"]) == cutoffs:
+        return store.column("size").reshape(-1, 3)
+    stat = store.path.stat()
+    name = f"{os.path.realpath(store.path)} {stat.st_size} {stat.st_mtime_ns} {cutoffs}"
+    kept = cache / f"{store.path.stem}-{hashlib.sha256(name.encode()).hexdigest()[:16]}.sizes.npy"
+    if not kept.exists():
+        logger.info("%s: counting edges and angles within %g and %g A", store.path, *cutoffs)
+        ranges = [(start, min(start + COPY_RECORDS, len(store))) for start in range(0, len(store), COPY_RECORDS)]
+        counted = np.concatenate(
+            list(map_in_order(partial(_count, store=store, cutoffs=cutoffs), ranges, num_workers=num_workers))
+        )
+        cache.mkdir(parents=True, exist_ok=True)
+        partial_file = kept.with_suffix(f".{os.getpid()}.partial")
+        with open(partial_file, "wb") as file:
+            np.save(file, counted)
+        os.replace(partial_file, kept)
+    return np.load(kept)
+
+
+def _count(records: tuple[int, int], store: StoreReader, cutoffs: tuple[float, float]) -> np.ndarray:
+    sizes = [
+        count_graph(from_record(record).structure, pairwise_cutoff=cutoffs[0], three_body_cutoff=cutoffs[1])
+        for record in store.read(*records)
+    ]
+    return np.array([(size.num_atoms, size.num_edges, size.num_angles) for size in sizes], dtype=np.int64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """Samples as the model and the loss take them.
+
+    Attributes:
+        graph: their graphs.
+        labels: their labels with masks.
+        task_index: (G,) int64.
+        identifiers: where each structure comes from.
+    """
+
+    graph: GraphBatch
+    labels: LabelBatch
+    task_index: Tensor
+    identifiers: tuple[str, ...]
+
+    def to(self, device: torch.device | str) -> MicroBatch:
+        """The same on another device."""
+        return MicroBatch(
+            graph=self.graph.to(device),
+            labels=self.labels.to(device),
+            task_index=self.task_index.to(device, non_blocking=True),
+            identifiers=self.identifiers,
+        )
+
+    def pin_memory(self) -> MicroBatch:
+        """The same in page-locked memory."""
+        return MicroBatch(
+            graph=self.graph.pin_memory(),
+            labels=self.labels.pin_memory(),
+            task_index=self.task_index.pin_memory(),
+            identifiers=self.identifiers,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collate:
+    """Samples to a `MicroBatch`: builds the graphs. Runs in the loader's worker processes.
+
+    Attributes:
+        pairwise_cutoff, three_body_cutoff: Angstrom.
+        task_names: order of `task_index`.
+    """
+
+    pairwise_cutoff: float
+    three_body_cutoff: float
+    task_names: tuple[str, ...]
+
+    def __call__(self, samples: Sequence[Sample]) -> MicroBatch:
+        graphs = [
+            build_graph(
+                sample.structure, pairwise_cutoff=self.pairwise_cutoff, three_body_cutoff=self.three_body_cutoff
+            )
+            for sample in samples
+        ]
+        return MicroBatch(
+            graph=collate_graphs(graphs),
+            labels=collate_labels([sample.labels for sample in samples], [graph.num_atoms for graph in graphs]),
+            task_index=torch.tensor([self.task_names.index(sample.task) for sample in samples]),
+            identifiers=tuple(sample.identifier for sample in samples),
+        )
+
+
+def label_totals(dataset: StructureDataset, indices: np.ndarray) -> LabelTotals:
+    """Denominators of the loss terms over the global batch `indices`; needs no communication."""
+    presence, num_atoms = dataset.label_presence, dataset.sizes[indices, 0]
+    return LabelTotals(
+        energy_structures=float(presence.energy[indices].sum()),
+        forces_structures=float(presence.forces[indices].sum()),
+        forces_atoms=float(num_atoms[presence.forces[indices]].sum()),
+        stress_structures=float(presence.stress[indices].sum()),
+        magmoms_atoms=float(num_atoms[presence.magmoms[indices]].sum()),
+    )
+
+
+def graph_budget(
+    *, max_atoms: int | None = None, max_edges: int | None = None, max_angles: int | None = None
+) -> Budget:
+    """A budget over the columns of `StructureDataset.sizes`; None for no limit."""
+    return Budget(limits=(max_atoms, max_edges, max_angles), names=("atoms", "edges", "angles"))
