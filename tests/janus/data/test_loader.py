@@ -1,0 +1,107 @@
+import numpy as np
+import pytest
+
+from janus.data.loader import StepLoader
+from janus.data.packing import Budget
+from janus.data.sampler import GlobalBatchSampler, SequentialSampler
+
+
+class Numbers:
+    """Record i is the number i."""
+
+    def __init__(self, count: int) -> None:
+        self.sizes = np.random.default_rng(0).integers(1, 20, (count, 3))
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+    def identifier(self, index: int) -> str:
+        return f"number {index}"
+
+
+class Broken(Numbers):
+    def __getitem__(self, index: int) -> int:
+        raise ValueError(f"record {index} is broken")
+
+
+def make_loader(dataset=None, **options):
+    dataset = dataset or Numbers(50)
+    sampler = GlobalBatchSampler(len(dataset), global_batch_size=12, seed=5)
+    return StepLoader(dataset, sampler, sorted, **{"num_steps": 9, **options})
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_global_batches_do_not_depend_on_the_ranks(world_size):
+    reference = list(make_loader())
+    ranks = [list(make_loader(rank=rank, world_size=world_size)) for rank in range(world_size)]
+    for step, expected in enumerate(reference):
+        batches = [rank[step] for rank in ranks]
+        assert all(batch.step == step for batch in batches)
+        together = [record for batch in batches for micro_batch in batch.micro_batches for record in micro_batch]
+        assert sorted(together) == sorted(expected.indices)  # all of them, none twice
+        for batch in batches:
+            np.testing.assert_array_equal(batch.indices, expected.indices)
+
+
+def test_budget_is_respected():
+    loader = make_loader(budget=Budget(limits=(30, None, 40), names=("a", "b", "c")))
+    for batch in loader:
+        for micro_batch in batch.micro_batches:
+            assert (loader.dataset.sizes[micro_batch].sum(axis=0)[[0, 2]] <= (30, 40)).all()
+
+
+def test_starts_at_any_step():
+    whole = list(make_loader())
+    rest = list(make_loader(start_step=4, num_steps=5))
+    assert [batch.step for batch in rest] == [4, 5, 6, 7, 8]
+    for got, expected in zip(rest, whole[4:], strict=True):
+        assert got.micro_batches == expected.micro_batches
+
+
+def test_more_ranks_than_records():
+    dataset = Numbers(3)
+    loaders = [
+        StepLoader(dataset, SequentialSampler(3, global_batch_size=2), list, num_steps=2, rank=rank, world_size=4)
+        for rank in range(4)
+    ]
+    counts = [[len(batch.micro_batches) for batch in loader] for loader in loaders]
+    assert counts == [[1, 1], [1, 0], [0, 0], [0, 0]]
+
+
+def test_workers_give_the_same_stream():
+    budget = Budget(limits=(40, None, None), names=("a", "b", "c"))
+    alone = list(make_loader(budget=budget, world_size=2))
+    helped = list(make_loader(budget=budget, world_size=2, num_workers=2))
+    assert [batch.micro_batches for batch in helped] == [batch.micro_batches for batch in alone]
+
+
+def test_reads_lazily():
+    seen = []
+
+    class Watched(Numbers):
+        def __getitem__(self, index: int) -> int:
+            seen.append(index)
+            return index
+
+    iterator = iter(make_loader(Watched(50)))
+    next(iterator)
+    assert len(seen) <= 12
+
+
+def test_oversize_record_is_refused_at_the_start():
+    with pytest.raises(ValueError, match=r"number \d+: "):
+        make_loader(budget=Budget(limits=(3, None, None), names=("a", "b", "c")))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_errors_of_records_surface(num_workers):
+    with pytest.raises(ValueError, match="is broken"):
+        next(iter(make_loader(Broken(20), num_workers=num_workers)))
+
+
+def test_rank_out_of_range():
+    with pytest.raises(ValueError, match="rank 2 of 2"):
+        make_loader(rank=2, world_size=2)

@@ -1,0 +1,162 @@
+import os
+import pickle
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from janus.data.store import Field, StoreReader, StoreWriter
+
+FIELDS = (
+    Field(name="position", dtype="float64", shape=(3,), axis="atom"),
+    Field(name="force", dtype="float32", shape=(3,), axis="atom", optional=True),
+    Field(name="energy", dtype="float64", optional=True),
+    Field(name="size", dtype="int64", shape=(2,)),
+    Field(name="name", dtype="uint8", axis="letter"),
+)
+
+
+def make_records(count: int, seed: int = 0) -> list[dict]:
+    rng = np.random.default_rng(seed)
+    records = []
+    for i in range(count):
+        rows = int(rng.integers(0, 9))
+        records.append(
+            {
+                "position": rng.normal(size=(rows, 3)),
+                "force": None if i % 3 == 0 else rng.normal(size=(rows, 3)).astype(np.float32),
+                "energy": None if i % 4 == 0 else rng.normal(),
+                "size": (rows, i),
+                "name": np.frombuffer(f"record {i}".encode(), np.uint8),
+            }
+        )
+    return records
+
+
+def write(path, records, chunk=7):
+    with StoreWriter(path, FIELDS) as writer:
+        for start in range(0, len(records), chunk):
+            writer.append(records[start : start + chunk])
+        writer.finish({"answer": 42})
+    return StoreReader(path)
+
+
+def assert_same(got, expected):
+    for field in FIELDS:
+        if expected[field.name] is None:
+            assert got[field.name] is None
+        else:
+            np.testing.assert_array_equal(got[field.name], expected[field.name])
+
+
+def test_round_trip(tmp_path):
+    records = make_records(50)
+    reader = write(tmp_path / "a.h5", records)
+    assert len(reader) == 50 and reader.attributes == {"answer": 42} and reader.fields == FIELDS
+    for i in (0, 49, 13, 3):
+        assert_same(reader[i], records[i])
+    for got, expected in zip(reader.read(11, 29), records[11:29], strict=True):
+        assert_same(got, expected)
+    np.testing.assert_array_equal(reader.mask("energy"), [i % 4 != 0 for i in range(50)])
+    np.testing.assert_array_equal(reader.column("size"), [record["size"] for record in records])
+    assert os.listdir(tmp_path) == ["a.h5"]
+    reader.verify()
+
+
+def test_joining_stores_equals_writing_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("janus.data.store.COPY_RECORDS", 4)
+    records = make_records(20)
+    parts = [write(tmp_path / "a.h5", records[:13]), write(tmp_path / "b.h5", records[13:])]
+    with StoreWriter(tmp_path / "joined.h5", FIELDS) as writer:
+        for part in parts:
+            writer.append_store(part)
+        writer.finish({})
+    for got, expected in zip(StoreReader(tmp_path / "joined.h5").read(0, 20), records, strict=True):
+        assert_same(got, expected)
+
+
+def test_reader_is_picklable_and_reopens(tmp_path):
+    reader = write(tmp_path / "a.h5", make_records(5))
+    first = reader[2]
+    assert_same(pickle.loads(pickle.dumps(reader))[2], first)
+
+
+def test_wrong_shape_is_refused_and_nothing_is_left(tmp_path):
+    record = {**make_records(2)[1], "force": np.zeros((100, 3))}
+    with pytest.raises(ValueError, match="force"), StoreWriter(tmp_path / "a.h5", FIELDS) as writer:
+        writer.append([record])
+    assert os.listdir(tmp_path) == []
+
+
+def test_index_out_of_range(tmp_path):
+    reader = write(tmp_path / "a.h5", make_records(3))
+    with pytest.raises(IndexError):
+        reader[3]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "not HDF5", "empty", "unfinished", "version"])
+def test_damaged_store_is_refused(tmp_path, damage):
+    path = tmp_path / "a.h5"
+    records = make_records(400)
+    write(path, records)
+    content = bytearray(path.read_bytes())
+    if damage == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    elif damage == "flipped":
+        # A byte in the middle of the positions.
+        needle = next(record["position"] for record in records[100:] if len(record["position"]) > 1).tobytes()
+        content[content.index(needle) + 5] ^= 1
+        path.write_bytes(content)
+    elif damage in ("not HDF5", "empty"):
+        path.write_bytes(b"hello" if damage == "not HDF5" else b"")
+    else:
+        import h5py
+
+        with h5py.File(path, "r+") as file:
+            file.attrs["complete" if damage == "unfinished" else "version"] = 0
+    with pytest.raises(ValueError, match=r"a\.h5: .*(corrupt or truncated|unfinished|version 0)"):
+        StoreReader(path).verify()
+
+
+def test_every_flipped_byte_is_noticed_or_harmless(tmp_path):
+    """Whatever byte is damaged, reading either fails clearly or gives the true values."""
+    path = tmp_path / "a.h5"
+    records = make_records(10)
+    write(path, records)
+    content = path.read_bytes()
+    rng = np.random.default_rng(0)
+    noticed = 0
+    for position in [*range(0, 60), *rng.integers(0, len(content), 200)]:
+        damaged = bytearray(content)
+        damaged[position] ^= 0x10
+        path.write_bytes(damaged)
+        try:
+            got = StoreReader(path).read(0, 10)
+        except (ValueError, IndexError):
+            noticed += 1
+            continue
+        for one, expected in zip(got, records, strict=True):
+            assert_same(one, expected)
+    assert noticed > 20
+
+
+def test_a_killed_writer_leaves_no_store(tmp_path):
+    code = f"""
+import os, signal
+from tests.janus.data.test_store import FIELDS, make_records
+from janus.data.store import StoreWriter
+writer = StoreWriter({str(tmp_path / "a.h5")!r}, FIELDS)
+writer.append(make_records(100))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    assert not (tmp_path / "a.h5").exists()
+    write(tmp_path / "a.h5", make_records(3))  # and the next writer starts afresh
+    assert os.listdir(tmp_path) == ["a.h5"]
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        StoreReader(tmp_path / "none.h5")
