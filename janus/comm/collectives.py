@@ -60,6 +60,12 @@ def reduce_sums(values: Tensor, mesh: Mesh) -> Tensor:
     return total
 
 
+def reduce_max(value: float, mesh: Mesh) -> float:
+    """Largest value of any rank (NaN if any is), on all of them; gathers one number per rank."""
+    values = gather_objects(value, mesh)
+    return max(values, key=lambda entry: (entry != entry, entry))
+
+
 def any_rank(flag: bool, mesh: Mesh) -> bool:
     """Whether the flag is set on any rank: all ranks get the same answer; all-reduces 8 bytes."""
     return bool(reduce_sums(torch.tensor([float(flag)], device=mesh.device), mesh).item())
@@ -86,17 +92,28 @@ def broadcast_object(value: Any, mesh: Mesh) -> Any:
     return holder[0]
 
 
+class ElsewhereError(RuntimeError):
+    """Another rank failed and says why; this one only ends."""
+
+
 def on_main_rank(function: Callable[[], T], mesh: Mesh) -> T:
-    """Calls a function on rank 0 alone; all ranks get its (small) result, or raise its error instead of waiting."""
-    outcome: tuple[T | None, Exception | None] = (None, None)
-    if mesh.is_main:
-        try:
-            outcome = (function(), None)
-        except (ValueError, OSError) as error:
-            outcome = (None, error)
-    value, failure = broadcast_object(outcome, mesh)
-    if failure is not None:
-        raise failure
+    """Calls a function on rank 0 alone and gives its (small) result to all ranks.
+
+    Raises:
+        Exception: that of the function, on rank 0.
+        ElsewhereError: on all other ranks, which would otherwise wait for ever.
+    """
+    if not mesh.is_main:
+        succeeded, value = broadcast_object(None, mesh)
+        if not succeeded:
+            raise ElsewhereError("rank 0 failed")
+        return value
+    try:
+        value = function()
+    except Exception:
+        broadcast_object((False, None), mesh)
+        raise
+    broadcast_object((True, value), mesh)
     return value
 
 

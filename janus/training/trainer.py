@@ -251,7 +251,7 @@ class Trainer:
 def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, str]:
     """Settings that differ, by `group.name`, with a text for each."""
     missing = object()
-    changed = {}
+    changed: dict[str, str] = {}
     for group in sorted({*before, *after}):
         old, new = before.get(group, missing), after.get(group, missing)
         if isinstance(old, Mapping) and isinstance(new, Mapping):

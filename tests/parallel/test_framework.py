@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -9,11 +10,13 @@ import pytest
 import torch
 
 from janus.comm.collectives import (
+    ElsewhereError,
     any_rank,
     broadcast_object,
     broadcast_tensors,
     gather_objects,
     on_main_rank,
+    reduce_max,
     reduce_sums,
     sum_gradients,
 )
@@ -103,7 +106,7 @@ def use_collectives(mesh: Mesh) -> dict[str, Any]:
     try:
         on_main_rank(fail, mesh)
         message = ""
-    except OSError as error:
+    except (OSError, ElsewhereError) as error:
         message = str(error)
     return {
         "gradients": [None if parameter.grad is None else parameter.grad.tolist() for parameter in parameters],
@@ -113,6 +116,7 @@ def use_collectives(mesh: Mesh) -> dict[str, Any]:
         "any": (any_rank(mesh.rank == 1, mesh), any_rank(False, mesh)),
         "object": broadcast_object({"rank": mesh.rank}, mesh),
         "gathered": gather_objects(mesh.rank, mesh),
+        "max": (reduce_max(float(mesh.rank), mesh), reduce_max(float("nan") if mesh.rank else 9.0, mesh)),
         "main": on_main_rank(lambda: mesh.rank, mesh),
         "weights": [float(value.abs().max()) for value in weights],
         "message": message,
@@ -120,7 +124,8 @@ def use_collectives(mesh: Mesh) -> dict[str, Any]:
 
 
 def test_collectives() -> None:
-    for result in run_ranks(2, use_collectives):
+    results = run_ranks(2, use_collectives)
+    for result in results:
         assert result["gradients"] == [[10.0] * 3, [1.0] * 5, [11.0] * 7, [11.0] * 2, None]
         # Buckets of at most 40 bytes: 3 + 5 floats, 7 floats, 2 doubles; then two broadcasts, one of an object.
         assert result["calls"] == {"all_reduce": 3, "broadcast": 2, "broadcast_object": 1}
@@ -130,8 +135,10 @@ def test_collectives() -> None:
         assert result["object"] == {"rank": 0}
         assert result["gathered"] == [0, 1]
         assert result["main"] == 0
+        assert result["max"][0] == 1.0
+        assert math.isnan(result["max"][1])
         assert result["weights"] == [0.0, 0.0]
-        assert result["message"] == "disk full"
+    assert [result["message"] for result in results] == ["disk full", "rank 0 failed"]
 
 
 def meet_bad_record(mesh: Mesh) -> tuple[str, bool]:

@@ -1,0 +1,113 @@
+"""`janus-matris train`: train or fine-tune a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+from jsonargparse import ArgumentError, ArgumentParser
+
+from matris.config import LossConfig, ModelConfig
+from matris.presets import PRESETS
+from matris.train_config import DataConfig, OptimConfig, ParallelConfig, TrainConfig, TrainingConfig
+
+_GROUPS = {
+    "data": DataConfig,
+    "model": ModelConfig,
+    "loss": LossConfig,
+    "optim": OptimConfig,
+    "training": TrainingConfig,
+    "parallel": ParallelConfig,
+}
+_LISTS = ("--data.train", "--data.valid", "--data.test")
+
+_DESCRIPTION = """Train or fine-tune a MatRIS model. Start it with python for one process, or with torchrun, srun or mpirun
+for several data-parallel ones; the result is the same. A run that was stopped or killed goes on when the same command is
+given again. Exit status 0 when done, 143 when SIGTERM or SIGUSR1 stopped the run after a checkpoint.
+Units: eV, Angstrom, eV/A, stress eV/A^3 (tensile positive), Bohr magneton."""
+
+
+def main(arguments: list[str]) -> int:
+    """Run the verb. Raises ValueError or OSError for a user's mistake."""
+    config = parse(arguments)
+
+    from janus.comm.collectives import ElsewhereError
+    from janus.mesh import read_launch
+    from janus.training.step import NonFiniteError
+    from matris.run import run_training
+
+    try:
+        return run_training(config)
+    except (ElsewhereError, NonFiniteError):
+        if read_launch().rank == 0:
+            raise
+        return 2  # rank 0 says why
+
+
+def parse(arguments: Sequence[str]) -> TrainConfig:
+    """Settings from defaults, then a preset, then YAML files and options in the order given.
+
+    Raises:
+        ValueError: unknown names, values of the wrong type or out of range.
+    """
+    parser = build_parser()
+    try:
+        options = parser.parse_args(_join_lists(arguments))
+        if options.preset is not None:
+            hyper = PRESETS[options.preset]
+            parser.set_defaults({f"model.{entry.name}": getattr(hyper, entry.name) for entry in fields(hyper)})
+            options = parser.parse_args(_join_lists(arguments))
+    except ArgumentError as error:
+        raise ValueError(f"{' '.join(str(error).split())} (janus-matris train --help lists all options)") from None
+    groups: dict[str, Any] = {name: group(**vars(options[name])) for name, group in _GROUPS.items()}
+    return TrainConfig(**groups, init_from=options.init_from, dry_run=options.dry_run)
+
+
+def build_parser() -> ArgumentParser:
+    """Options of the verb: `--config FILE.yaml` and one option per field of each group."""
+    parser = ArgumentParser(prog="janus-matris train", description=_DESCRIPTION, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file of settings, such as a run's config.yaml")
+    parser.add_argument("--preset", choices=tuple(PRESETS), help="a published model size, to start from")
+    parser.add_argument(
+        "--init_from",
+        type=str,
+        metavar="DIR",
+        help="model directory to fine-tune; its predictions are verified before the first update",
+    )
+    parser.add_argument(
+        "--dry_run", action="store_true", help="build everything, print what the run would be, write no run"
+    )
+    for name, group in _GROUPS.items():
+        parser.add_class_arguments(group, name)
+    return parser
+
+
+def _join_lists(arguments: Sequence[str]) -> list[str]:
+    """`--data.train a.xyz b.xyz` as the list that the parser reads: `--data.train=["a.xyz", "b.xyz"]`."""
+    joined: list[str] = []
+    values: list[str] | None = None
+    name = ""
+
+    def close() -> None:
+        if values is not None:
+            # A value that is a list already stays one.
+            is_list = len(values) == 1 and values[0].startswith("[")
+            joined.append(f"{name}={values[0] if is_list else json.dumps(values)}")
+
+    for word in arguments:
+        option, equals, value = word.partition("=")
+        if word.startswith("--"):
+            close()
+            values = None
+            if option in _LISTS:
+                name, values = option, [value] if equals else []
+            else:
+                joined.append(word)
+        elif values is not None:
+            values.append(word)
+        else:
+            joined.append(word)
+    close()
+    return joined

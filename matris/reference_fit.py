@@ -1,0 +1,128 @@
+"""Atomic reference energies and the energy scale, from the training data."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from matris.data.dataset import StructureDataset
+from matris.elements import MAX_Z, SYMBOLS, number_of
+
+_ROWS = 1024  # structures between two factorisations
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelStatistics:
+    """All that is needed of the training labels, in a size that does not depend on their number.
+
+    Attributes:
+        factor: (MAX_Z + 1, MAX_Z + 1) R of the QR factorisation of the rows [fraction of each element, energy per atom]
+            of all structures with an energy: least squares and residuals for any reference energies follow from it.
+        num_energies: structures with an energy.
+        element_counts: (MAX_Z,) structures with an energy in which the element occurs.
+        squared_force_sum: (eV/A)^2 over all labelled components.
+        num_force_components: how many those are.
+        isolated: total energy of structures of one atom without neighbours, eV, by atomic number.
+    """
+
+    factor: np.ndarray
+    num_energies: int
+    element_counts: np.ndarray
+    squared_force_sum: float
+    num_force_components: int
+    isolated: dict[int, float]
+
+    def residual(self, energies: np.ndarray) -> float:
+        """RMS of the energy per atom that reference energies (MAX_Z,) leave to the network, eV/atom."""
+        return float(np.linalg.norm(self.factor @ np.append(energies, -1.0)) / np.sqrt(max(self.num_energies, 1)))
+
+    @property
+    def rms_force(self) -> float | None:
+        """RMS force component, eV/A; None without forces, or if all are zero."""
+        if self.squared_force_sum == 0.0:
+            return None
+        return float(np.sqrt(self.squared_force_sum / self.num_force_components))
+
+
+def label_statistics(dataset: StructureDataset) -> LabelStatistics:
+    """Reads the data set once, in bounded memory."""
+    factor = np.zeros((0, MAX_Z + 1))
+    rows: list[np.ndarray] = []
+    element_counts = np.zeros(MAX_Z, dtype=np.int64)
+    num_energies = num_components = 0
+    squared = 0.0
+    isolated: dict[int, float] = {}
+    for index in range(len(dataset)):
+        sample = dataset[index]
+        numbers, labels = sample.structure.numbers, sample.labels
+        if labels.energy is not None:
+            counts = np.bincount(numbers - 1, minlength=MAX_Z)
+            element_counts += counts > 0
+            num_energies += 1
+            rows.append(np.append(counts, labels.energy) / len(numbers))
+            if len(rows) == _ROWS:
+                factor, rows = np.linalg.qr(np.vstack([factor, *rows]), mode="r"), []
+            if len(numbers) == 1 and dataset.sizes[index, 1] == 0:
+                isolated[int(numbers[0])] = labels.energy
+        if labels.forces is not None:
+            squared += float(np.square(labels.forces).sum())
+            num_components += labels.forces.size
+    return LabelStatistics(
+        factor=np.linalg.qr(np.vstack([factor, *rows, np.zeros((MAX_Z + 1, MAX_Z + 1))]), mode="r"),
+        num_energies=num_energies,
+        element_counts=element_counts,
+        squared_force_sum=squared,
+        num_force_components=num_components,
+        isolated=isolated,
+    )
+
+
+def reference_energies(source: str, statistics: LabelStatistics) -> np.ndarray:
+    """Reference energies of all elements, (MAX_Z,) eV; zero for elements that are not in the data.
+
+    Args:
+        source: `fit` (least squares of the energies per atom; the shortest solution where compositions do not tell
+            elements apart), `none`, `isolated`, or the path of a JSON file {"Si": -0.82, ...}.
+
+    Raises:
+        ValueError: no energies to fit, elements without an isolated atom or entry, an unreadable file.
+    """
+    present = np.nonzero(statistics.element_counts)[0]
+    energies = np.zeros(MAX_Z)
+    if source == "fit":
+        if not statistics.num_energies:
+            raise ValueError("reference energies cannot be fitted: no training structure has an energy; use none")
+        matrix, target = statistics.factor[:, present], statistics.factor[:, -1]
+        energies[present] = np.linalg.lstsq(matrix, target, rcond=1e-10)[0]
+    elif source != "none":
+        known = statistics.isolated if source == "isolated" else _read(Path(source))
+        missing = [SYMBOLS[number + 1] for number in present if number + 1 not in known]
+        if missing:
+            where = "isolated atom in the training data" if source == "isolated" else f"entry in {source}"
+            raise ValueError(f"reference energies: no {where} for {', '.join(missing)}; add them, or use fit")
+        for number, energy in known.items():
+            energies[number - 1] = energy
+    return energies
+
+
+def reference_table(energies: np.ndarray, statistics: LabelStatistics) -> str:
+    """A line per element of the training data."""
+    lines = [f"  {'element':<9}{'structures':>11}{'energy (eV)':>16}"]
+    for number in np.nonzero(statistics.element_counts)[0]:
+        count = int(statistics.element_counts[number])
+        lines.append(f"  {SYMBOLS[number + 1]:<9}{count:>11}{energies[number]:>16.6f}")
+    return "\n".join(lines)
+
+
+def _read(path: Path) -> dict[int, float]:
+    try:
+        entries = json.loads(path.read_text())
+        energies = {number_of(symbol): float(energy) for symbol, energy in entries.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f'reference energies {path}: {error}; expected JSON such as {{"Si": -0.82}}, eV') from error
+    if not all(np.isfinite(energy) for energy in energies.values()):
+        raise ValueError(f"reference energies {path}: all must be finite numbers of eV")
+    return energies

@@ -1,0 +1,104 @@
+"""What a run is going to be, on one page."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from janus.data.packing import plan_micro_batches
+from janus.mesh import Mesh
+from matris.data.dataset import StructureDataset
+from matris.exported import num_parameters
+from matris.reference_fit import reference_table
+from matris.setup import Setup
+from matris.train_config import TrainConfig
+
+_PLANNED_STEPS = 50
+
+
+def run_table(config: TrainConfig, setup: Setup, mesh: Mesh) -> str:
+    """Data, model, batches, steps and reference energies; reads no structure."""
+    training, optim, hyper = config.training, config.optim, setup.model.hyper
+    rows = []
+    for name in ("train", "valid", "test"):
+        dataset = getattr(setup.datasets, name)
+        rows.append((name, "none" if dataset is None else _dataset(dataset)))
+    missing = [
+        label
+        for label in ("energy", "forces", "stress", "magmoms")
+        if getattr(config.loss, f"{label}_weight") > 0.0
+        and not getattr(setup.datasets.train.label_presence, label).any()
+    ]
+    if missing:
+        rows.append(("no labels", f"{', '.join(missing)}: the weight in the loss has nothing to act on"))
+    rows += [
+        (
+            "model",
+            f"{hyper.num_layers} layers of width {hyper.hidden_size}, cutoffs {hyper.pairwise_cutoff:g} and "
+            f"{hyper.three_body_cutoff:g} A, {_count(num_parameters(setup.model))} parameters"
+            + (f", from {config.init_from}" if config.init_from else ""),
+        ),
+        ("ranks", f"{mesh.world_size} x {mesh.device.type}, data-parallel; precision {training.precision}"),
+        ("batch", _batch(setup, mesh)),
+        ("micro-batch", _budget(config)),
+        (
+            "steps",
+            f"{_count(setup.num_steps)} updates = {setup.num_steps / setup.steps_per_epoch:.3g} epochs of "
+            f"{_count(setup.steps_per_epoch)}; {optim.lr_decay_style} from {optim.lr:g} after "
+            f"{setup.learner.schedule.warmup_steps} warm-up steps",
+        ),
+        ("output", training.output),
+        ("references", _references(config, setup)),
+    ]
+    lines = [f"{name:<12} {text}" for name, text in rows]
+    energies = setup.model.reference_energies.detach().cpu().numpy()
+    return "\n".join([*lines, reference_table(energies, setup.statistics)])
+
+
+def _dataset(dataset: StructureDataset) -> str:
+    atoms, edges, angles = (_count(round(mean)) for mean in dataset.sizes.mean(axis=0))
+    labels = [
+        f"{name} {100.0 * present.mean():.3g} %"
+        for name, present in vars(dataset.label_presence).items()
+        if present.any()
+    ]
+    return (
+        f"{_count(len(dataset))} structures; on average {atoms} atoms, {edges} edges, {angles} angles; "
+        f"labels: {', '.join(labels) or 'none'}"
+    )
+
+
+def _batch(setup: Setup, mesh: Mesh) -> str:
+    """What the global batch means for a rank, from the plans of the first steps."""
+    sizes = setup.datasets.train.sizes
+    pieces, imbalance = [], []
+    for step in range(min(_PLANNED_STEPS, setup.num_steps)):
+        own = sizes[setup.sampler.indices(step)]
+        assert setup.portions.budget is not None
+        plan = plan_micro_batches(own, num_ranks=mesh.data, budget=setup.portions.budget)
+        pieces += [len(share) for share in plan]
+        loads = [sum(int(own[part].sum()) for part in share) for share in plan]
+        imbalance.append(max(loads) / (sum(loads) / len(loads)))
+    size = setup.portions.batch_size
+    return (
+        f"{size} structures per update over all ranks = {size / mesh.data:.3g} per rank, in {np.mean(pieces):.3g} "
+        f"micro-batches on average (at most {max(pieces)}); the busiest rank has {np.mean(imbalance):.3f} x the mean work"
+    )
+
+
+def _budget(config: TrainConfig) -> str:
+    data = config.data
+    limits = {"atoms": data.max_atoms, "edges": data.max_edges, "angles": data.max_angles}
+    given = [f"at most {_count(limit)} {name}" for name, limit in limits.items() if limit is not None]
+    return ", ".join(given) or "a rank's whole share at once (no budget: data.max_atoms, max_edges, max_angles)"
+
+
+def _references(config: TrainConfig, setup: Setup) -> str:
+    source = config.data.reference_energies or ("fit" if config.init_from is None else "base")
+    residual = setup.statistics.residual(setup.model.reference_energies.detach().cpu().numpy())
+    scale = float(setup.model.energy_scale)
+    return f"{source}; they leave {1000.0 * residual:.4g} meV/atom (RMS) to the network; energy scale {scale:.4g} eV"
+
+
+def _count(number: int) -> str:
+    """With thin groups of three digits."""
+    return f"{number:,}".replace(",", " ")

@@ -1,0 +1,234 @@
+"""From settings to the parts of a training run: data, model, optimizer, batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from janus.comm.collectives import on_main_rank
+from janus.data.loader import StepLoader
+from janus.data.sampler import GlobalBatchSampler
+from janus.mesh import Mesh
+from janus.optim import AdamWConfig, DecayStyle, Schedule
+from janus.training.learner import Learner
+from janus.training.task import EvaluationSource, TrainingSource
+from matris.config import ModelConfig, Precision
+from matris.data.dataset import MicroBatch, StructureDataset, graph_budget, label_totals, open_dataset
+from matris.data.labels import LabelKeys, StressUnit
+from matris.evaluation import Portions, collate_for, evaluation_source
+from matris.exported import load_model, read_config
+from matris.model import MatRIS
+from matris.reference_fit import LabelStatistics, label_statistics, reference_energies
+from matris.task import MatRISTask
+from matris.train_config import DataConfig, OptimConfig, TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Datasets:
+    """What a run reads; `valid` and `test` are None where there is nothing."""
+
+    train: StructureDataset
+    valid: StructureDataset | None
+    test: StructureDataset | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """The parts of a run on one rank, built in `build_setup`.
+
+    Attributes:
+        datasets: training, validation and test data.
+        statistics: of the training labels.
+        task: the model with its loss.
+        learner: what updates it.
+        sampler: global batch of each step.
+        num_steps, steps_per_epoch: length of the run and of a pass over the training data.
+        portions: how data sets are cut for evaluation; its budget is that of the micro-batches of training too.
+        train, valid: batches of this rank.
+    """
+
+    datasets: Datasets
+    statistics: LabelStatistics
+    task: MatRISTask
+    learner: Learner
+    sampler: GlobalBatchSampler
+    num_steps: int
+    steps_per_epoch: int
+    portions: Portions
+    train: TrainingSource
+    valid: EvaluationSource | None
+
+    @property
+    def model(self) -> MatRIS:
+        return self.task.model
+
+
+def build_setup(config: TrainConfig, mesh: Mesh) -> Setup:
+    """Builds everything and writes nothing, except prepared data in the cache. All ranks call it.
+
+    Raises:
+        ValueError, OSError: a mistake in the settings or the data.
+    """
+    precision = Precision(config.training.precision)
+    if precision is Precision.tf32 and mesh.device.type != "cuda":
+        raise ValueError("training.precision is tf32 on a CPU: only CUDA GPUs have that format; use fp32")
+    torch.backends.cuda.matmul.allow_tf32 = precision is Precision.tf32
+
+    data = config.data
+    hyper = hyper_parameters(config)
+    # Rank 0 first: it prepares raw files, and tells all others if something is wrong with them.
+    on_main_rank(lambda: len(_open_datasets(config, hyper).train), mesh)
+    datasets = _open_datasets(config, hyper)
+    statistics = on_main_rank(lambda: label_statistics(datasets.train), mesh)
+    model = _build_model(config, hyper, statistics, precision).to(mesh.device)
+    task = MatRISTask(model, config.loss, datasets.train.task_names)
+    sampler = GlobalBatchSampler(
+        len(datasets.train), global_batch_size=data.global_batch_size, seed=config.training.seed
+    )
+    steps_per_epoch = sampler.first_step(1)
+    num_steps = config.training.train_iters or steps_per_epoch * (config.training.train_epochs or 0)
+    learner = Learner(
+        model,
+        _adamw(config.optim),
+        _schedule(config.optim, num_steps),
+        ema_decay=config.optim.ema_decay,
+        clip_grad=config.optim.clip_grad,
+    )
+    portions = Portions(
+        batch_size=data.global_batch_size,
+        budget=graph_budget(max_atoms=data.max_atoms, max_edges=data.max_edges, max_angles=data.max_angles),
+        num_workers=data.num_workers,
+    )
+    for dataset in (datasets.valid, datasets.test):
+        if dataset is not None:  # refuses structures that are too large, before the run begins
+            evaluation_source(dataset, model, mesh, portions)
+
+    def batches(start_step: int) -> StepLoader[MicroBatch]:
+        return StepLoader(
+            datasets.train,
+            sampler,
+            collate_for(model, datasets.train),
+            start_step=start_step,
+            num_steps=num_steps - start_step,
+            rank=mesh.data_rank,
+            world_size=mesh.data,
+            budget=portions.budget,
+            num_workers=data.num_workers,
+            pin_memory=mesh.device.type == "cuda",
+        )
+
+    batches(0)  # likewise
+    return Setup(
+        datasets=datasets,
+        statistics=statistics,
+        task=task,
+        learner=learner,
+        sampler=sampler,
+        num_steps=num_steps,
+        steps_per_epoch=steps_per_epoch,
+        portions=portions,
+        train=TrainingSource(batches=batches, totals=lambda indices: label_totals(datasets.train, indices)),
+        valid=None if datasets.valid is None else evaluation_source(datasets.valid, model, mesh, portions),
+    )
+
+
+def hyper_parameters(config: TrainConfig) -> ModelConfig:
+    """Those of the settings, or of the base model.
+
+    Raises:
+        ValueError: the settings ask for others than the base model has.
+    """
+    if config.init_from is None:
+        return config.model
+    base = ModelConfig.from_dict(read_config(Path(config.init_from))["model"])
+    if config.model not in (ModelConfig(), base):
+        raise ValueError(
+            f"model settings differ from those of init_from {config.init_from}, whose weights fit no others: "
+            "leave all --model options out"
+        )
+    return base
+
+
+def _open_datasets(config: TrainConfig, hyper: ModelConfig) -> Datasets:
+    data, weights = config.data, config.loss
+
+    def open_set(paths: list[str], wanted: list[str]) -> StructureDataset | None:
+        if not paths:
+            return None
+        return open_dataset(
+            paths,
+            pairwise_cutoff=hyper.pairwise_cutoff,
+            three_body_cutoff=hyper.three_body_cutoff,
+            keys=_label_keys(data),
+            wanted=wanted,
+            cache_dir=data.cache_dir,
+            num_workers=data.num_workers,
+        )
+
+    # Stress may be missing everywhere (molecules); what has a weight otherwise must be in some structure.
+    wanted = [name for name in ("energy", "forces", "magmoms") if getattr(weights, f"{name}_weight") > 0.0]
+    train, valid = open_set(data.train, wanted), open_set(data.valid, [])
+    assert train is not None
+    if valid is None and data.valid_fraction > 0.0:
+        train, valid = train.split(data.valid_fraction, config.training.seed)
+    return Datasets(train=train, valid=valid, test=open_set(data.test, []))
+
+
+def _label_keys(data: DataConfig) -> LabelKeys:
+    return LabelKeys(
+        energy=data.energy_key,
+        forces=data.forces_key,
+        stress=data.stress_key,
+        virials=data.virials_key,
+        magmoms=data.magmoms_key,
+        stress_unit=StressUnit(data.stress_unit),
+    )
+
+
+def _build_model(config: TrainConfig, hyper: ModelConfig, statistics: LabelStatistics, precision: Precision) -> MatRIS:
+    """New, or the base model, with its reference energies and energy scale."""
+    if config.init_from is None:
+        model = MatRIS(hyper, precision=precision, seed=config.training.seed)
+    else:
+        model = load_model(config.init_from, precision=precision)
+    source = config.data.reference_energies or ("fit" if config.init_from is None else "base")
+    if source != "base":
+        energies = reference_energies(source, statistics)
+        model.set_reference_energies(dict(enumerate(energies.tolist(), start=1)))
+    if config.init_from is None:
+        model.energy_scale.fill_(_energy_scale(config.data.energy_scale, model, statistics))
+    return model
+
+
+def _energy_scale(setting: str | float, model: MatRIS, statistics: LabelStatistics) -> float:
+    """eV. Without forces, or if all are zero: RMS of the energy per atom above the reference energies."""
+    if not isinstance(setting, str):
+        return setting
+    if statistics.rms_force is not None:
+        return statistics.rms_force
+    residual = statistics.residual(model.reference_energies.detach().numpy())
+    # Structures that are all alike have nothing above their references.
+    return residual if residual > 1e-6 else 1.0
+
+
+def _adamw(optim: OptimConfig) -> AdamWConfig:
+    return AdamWConfig(
+        weight_decay=optim.weight_decay,
+        beta1=optim.adam_beta1,
+        beta2=optim.adam_beta2,
+        eps=optim.adam_eps,
+        decay_1d=optim.decay_1d,
+    )
+
+
+def _schedule(optim: OptimConfig, num_steps: int) -> Schedule:
+    return Schedule(
+        lr=optim.lr,
+        min_lr=optim.min_lr,
+        warmup_steps=num_steps // 20 if optim.lr_warmup_iters is None else optim.lr_warmup_iters,
+        decay_steps=optim.lr_wsd_decay_iters,
+        num_steps=num_steps,
+        style=DecayStyle(optim.lr_decay_style),
+    )

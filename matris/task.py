@@ -1,0 +1,82 @@
+"""Force matching with MatRIS, as the trainer sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from janus.training.task import MicroLoss
+from matris.config import LossConfig
+from matris.data.dataset import MicroBatch
+from matris.exported import save_model
+from matris.graph.batch import LabelTotals
+from matris.loss import force_matching_loss
+from matris.metrics import METRIC_NAMES, QUANTITIES, error_sums, metrics, metrics_line
+from matris.model import MatRIS, Prediction
+
+_TERMS = ("loss", "loss_energy", "loss_forces", "loss_stress", "loss_magmoms")
+
+
+class MatRISTask:
+    """A MatRIS model with its loss and its errors.
+
+    Args:
+        model: on the device to compute on.
+        loss: weights and kinds of the terms. The head of the magnetic moments is frozen if their weight is zero:
+            otherwise weight decay would wear it off.
+        task_names: levels of theory in the data; errors are summed for each.
+    """
+
+    columns = (*_TERMS, *METRIC_NAMES)
+
+    def __init__(self, model: MatRIS, loss: LossConfig, task_names: Sequence[str]) -> None:
+        self.model = model
+        self.loss_config = loss
+        self.task_names = tuple(task_names)
+        self.num_sums = len(_TERMS) + len(self.task_names) * len(QUANTITIES) * 3
+        model.readout.magmom.requires_grad_(loss.magmoms_weight > 0.0)
+
+    def loss(self, micro_batch: MicroBatch, totals: LabelTotals, *, training: bool) -> MicroLoss:
+        """Loss and error sums of a micro-batch, normalised by the totals of the global batch."""
+        batch = micro_batch.to(self.model.reference_energies.device)
+        prediction = self.predict(batch, totals, training=training)
+        terms = force_matching_loss(prediction, batch.labels, batch.graph, totals, self.loss_config)
+        values = [terms.total, terms.energy, terms.forces, terms.stress, terms.magmoms]
+        errors = error_sums(prediction, batch.labels, batch.graph, batch.task_index, len(self.task_names))
+        return MicroLoss(
+            total=terms.total,
+            sums=torch.cat([torch.stack(values).detach(), errors.flatten()]),
+            num_edges=batch.graph.num_edges,
+        )
+
+    def predict(self, batch: MicroBatch, totals: LabelTotals, *, training: bool) -> Prediction:
+        """What the loss needs, or all that has labels: decided by the global totals, alike on all ranks."""
+        weights = self.loss_config
+        forces = totals.forces_structures > 0 and (weights.forces_weight > 0.0 or not training)
+        stress = totals.stress_structures > 0 and (weights.stress_weight > 0.0 or not training)
+        return self.model(batch.graph, forces=forces, stress=stress, create_graph=training)
+
+    def identifiers(self, micro_batch: MicroBatch) -> Sequence[str]:
+        """`file:frame` of each structure."""
+        return micro_batch.identifiers
+
+    def report(self, sums: np.ndarray, num_batches: int) -> dict[str, float]:
+        """Mean loss terms (unweighted, except `loss`) and overall errors; NaN where there are no labels."""
+        terms = dict(zip(_TERMS, (sums[: len(_TERMS)] / num_batches).tolist(), strict=True))
+        return {**terms, **metrics(self.error_table(sums).sum(axis=0))}
+
+    def error_table(self, sums: np.ndarray) -> np.ndarray:
+        """(num_tasks, 4, 3) error sums within the vector of all sums."""
+        return sums[len(_TERMS) :].reshape(len(self.task_names), len(QUANTITIES), 3)
+
+    def summary(self, report: Mapping[str, float]) -> str:
+        """Loss and errors in a few words."""
+        return f"loss {report['loss']:.4g}  {metrics_line(dict(report))}"
+
+    def export(self, directory: Path, provenance: Mapping[str, Any]) -> None:
+        """Writes a model directory, replacing the one of an earlier step."""
+        save_model(self.model, directory, provenance=dict(provenance), overwrite=True)

@@ -1,0 +1,251 @@
+"""Settings of a training run, as frozen dataclasses. Field names are Megatron's where it has one. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, is_dataclass
+from enum import Enum
+from typing import Any, Literal
+
+from matris.config import LossConfig, ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What to learn from, and in which portions.
+
+    Attributes:
+        train: training data: HDF5 stores of `janus-matris prepare`, or files that ASE reads (prepared on first use).
+        valid: validation data; empty: `valid_fraction` of the training data.
+        test: test data, evaluated with the best model at the end.
+        valid_fraction: share of the training structures that is set aside, by `training.seed`, where `valid` is empty.
+        global_batch_size: structures per update, over all ranks and micro-batches together.
+        max_atoms: atoms per micro-batch of one rank; a larger share is cut and its gradients accumulated.
+        max_edges: directed edges per micro-batch.
+        max_angles: angles per micro-batch.
+        num_workers: processes per rank that build graphs ahead; 0 builds them in the training process.
+        cache_dir: where raw files are prepared to; by default `~/.cache/janus-matris`.
+        energy_key: name of the total energy (eV) in raw files; by default REF_energy, then energy; likewise below.
+        forces_key: name of the forces (eV/A).
+        stress_key: name of the stress.
+        virials_key: name of the virials (eV), used where there is no stress.
+        magmoms_key: name of the magnetic moments (Bohr magnetons).
+        stress_unit: unit and sign of the stress in raw files; `kbar-vasp` has compression positive.
+        reference_energies: atomic reference energies: `fit` (least squares on the compositions of the training data),
+            `none`, `isolated` (single-atom structures in the training data), `base` (those of `init_from`), or a JSON
+            file {"Si": -0.82, ...} in eV. By default `base` with `init_from`, else `fit`.
+        energy_scale: factor of the network's energies: `rms_forces` (RMS force component of the training data), or a
+            number in eV. With `init_from` that of the base model is kept.
+    """
+
+    train: list[str] = field(default_factory=list)
+    valid: list[str] = field(default_factory=list)
+    test: list[str] = field(default_factory=list)
+    valid_fraction: float = 0.1
+    global_batch_size: int = 16
+    max_atoms: int | None = None
+    max_edges: int | None = None
+    max_angles: int | None = None
+    num_workers: int = 0
+    cache_dir: str | None = None
+    energy_key: str | None = None
+    forces_key: str | None = None
+    stress_key: str | None = None
+    virials_key: str | None = None
+    magmoms_key: str | None = None
+    stress_unit: Literal["eV/A^3", "GPa", "kbar-vasp"] = "eV/A^3"
+    reference_energies: str | None = None
+    energy_scale: str | float = "rms_forces"
+
+    def __post_init__(self) -> None:
+        _check_at_least("data.global_batch_size", self.global_batch_size, 1)
+        _check_at_least("data.num_workers", self.num_workers, 0)
+        for name in ("max_atoms", "max_edges", "max_angles"):
+            if (value := getattr(self, name)) is not None:
+                _check_at_least(f"data.{name}", value, 1)
+        if not 0.0 <= self.valid_fraction < 1.0:
+            raise ValueError(
+                f"data.valid_fraction is {self.valid_fraction}: it must be at least 0 (no validation) and below 1"
+            )
+        if isinstance(self.energy_scale, str) and self.energy_scale != "rms_forces":
+            raise ValueError(f"data.energy_scale is {self.energy_scale!r}: allowed are rms_forces or a number in eV")
+        if not isinstance(self.energy_scale, str) and not self.energy_scale > 0.0:
+            raise ValueError(f"data.energy_scale is {self.energy_scale} eV: it must be positive")
+        names = (None, "fit", "none", "isolated", "base")
+        if self.reference_energies not in names and not str(self.reference_energies).endswith(".json"):
+            raise ValueError(
+                f"data.reference_energies is {self.reference_energies!r}: allowed are fit, none, isolated, base, "
+                "or the path of a .json file"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW and its schedule. One iteration is one update with a global batch.
+
+    Attributes:
+        lr: largest learning rate.
+        min_lr: learning rate at the end of the decay.
+        lr_decay_style: `cosine`; `WSD`: constant, then 1 - sqrt over the last `lr_wsd_decay_iters`; or `constant`.
+        lr_warmup_iters: iterations over which the learning rate rises linearly; by default a twentieth of the run.
+        lr_wsd_decay_iters: length of WSD's decay, in iterations.
+        weight_decay: decoupled weight decay.
+        decay_1d: let biases, norms and basis frequencies decay too; otherwise only parameters of two or more dimensions
+            do (matrices, gates of shape (1, width), the embedding table).
+        adam_beta1: decay rate of the mean gradient.
+        adam_beta2: decay rate of the mean squared gradient.
+        adam_eps: added to the root of the mean squared gradient.
+        clip_grad: largest 2-norm of the gradient of the global batch; 0 clips nothing.
+        ema_decay: decay of the averaged weights, which are evaluated and exported; 0 averages nothing.
+    """
+
+    lr: float = 1e-3
+    min_lr: float = 1e-6
+    lr_decay_style: Literal["cosine", "WSD", "constant"] = "cosine"
+    lr_warmup_iters: int | None = None
+    lr_wsd_decay_iters: int = 0
+    weight_decay: float = 1e-2
+    decay_1d: bool = False
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_eps: float = 1e-8
+    clip_grad: float = 0.5
+    ema_decay: float = 0.999
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "adam_eps"):
+            if not getattr(self, name) > 0.0:
+                raise ValueError(f"optim.{name} is {getattr(self, name)}: it must be positive")
+        for name in ("min_lr", "weight_decay", "clip_grad", "lr_warmup_iters", "lr_wsd_decay_iters"):
+            if (value := getattr(self, name)) is not None:
+                _check_at_least(f"optim.{name}", value, 0)
+        if self.min_lr > self.lr:
+            raise ValueError(f"optim.min_lr is {self.min_lr}: it must not exceed optim.lr ({self.lr})")
+        for name in ("adam_beta1", "adam_beta2", "ema_decay"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"optim.{name} is {getattr(self, name)}: it must be at least 0 and below 1")
+        if (self.lr_decay_style == "WSD") != (self.lr_wsd_decay_iters > 0):
+            raise ValueError(
+                f"optim.lr_decay_style is {self.lr_decay_style} with optim.lr_wsd_decay_iters "
+                f"{self.lr_wsd_decay_iters}: WSD needs a positive decay length, the other styles take none"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Length, rhythm and place of a run.
+
+    Attributes:
+        output: run directory.
+        train_iters: updates in all; give this or `train_epochs`.
+        train_epochs: passes over the training data.
+        eval_interval: updates between evaluations of the averaged weights; by default one epoch.
+        save_interval: updates between checkpoints; by default `eval_interval`.
+        log_interval: updates between records in log.csv and TensorBoard.
+        keep_last: checkpoints kept, beside the one of the best evaluation.
+        precision: `fp32`; `tf32` (CUDA only) and `bf16-mixed` form matrix products in that format, geometry, reductions
+            and loss stay in at least fp32; `fp64`.
+        seed: of the initial weights, the shuffling and the validation split.
+        device: `auto` (a GPU per rank where there are GPUs), `cpu` or `cuda`.
+        resume: `auto` continues from the newest valid checkpoint in `output`, `never` refuses an `output` with
+            checkpoints, else the path of a checkpoint.
+        wandb_project: also log to this Weights & Biases project (extra `wandb`).
+    """
+
+    output: str = "runs/matris"
+    train_iters: int | None = None
+    train_epochs: int | None = None
+    eval_interval: int | None = None
+    save_interval: int | None = None
+    log_interval: int = 10
+    keep_last: int = 2
+    precision: Literal["fp32", "tf32", "bf16-mixed", "fp64"] = "fp32"
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    resume: str = "auto"
+    wandb_project: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.train_iters is None) == (self.train_epochs is None):
+            raise ValueError(
+                f"training.train_iters is {self.train_iters} and training.train_epochs is {self.train_epochs}: "
+                "give exactly one of them"
+            )
+        for name in ("train_iters", "train_epochs", "eval_interval", "save_interval", "log_interval", "keep_last"):
+            if (value := getattr(self, name)) is not None:
+                _check_at_least(f"training.{name}", value, 1)
+        _check_at_least("training.seed", self.seed, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """Sizes of the axes of the rank grid. All other ranks are data-parallel replicas.
+
+    Attributes:
+        tensor_model_parallel_size: ranks that share each matrix product; only 1 is supported by this version.
+        context_parallel_size: ranks that share the atoms of one structure (graph parallelism); only 1 is supported.
+        expert_model_parallel_size: ranks that share the experts; only 1 is supported.
+        pipeline_model_parallel_size: ranks that share the layers; only 1 is supported.
+    """
+
+    tensor_model_parallel_size: int = 1
+    context_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+
+    def __post_init__(self) -> None:
+        for name, size in vars(self).items():
+            if size != 1:
+                raise ValueError(
+                    f"parallel.{name} is {size}: this version supports only 1; start more ranks with the launcher "
+                    "(torchrun --nproc_per_node N) to train data-parallel"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run.
+
+    Attributes:
+        data: what to learn from.
+        training: length, rhythm and place.
+        model: hyper-parameters; with `init_from` those of the base model.
+        loss: what to minimise.
+        optim: how.
+        parallel: over which ranks.
+        init_from: model directory to fine-tune; its predictions are verified before the first update.
+        dry_run: build everything, print what the run would be, write nothing.
+    """
+
+    data: DataConfig
+    training: TrainingConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    init_from: str | None = None
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.data.train:
+            raise ValueError("data.train is empty: give at least one file, --data.train FILE")
+        if self.data.reference_energies == "base" and not self.init_from:
+            raise ValueError("data.reference_energies is base, but there is no base model: give --init_from DIR")
+        if self.init_from and self.data.energy_scale != "rms_forces":
+            raise ValueError(
+                f"data.energy_scale is {self.data.energy_scale} with init_from: fine-tuning keeps the scale of the "
+                "base model; leave the option out"
+            )
+
+
+def to_plain(value: Any) -> Any:
+    """Settings as JSON- and YAML-ready values: dataclasses as dictionaries, enums by value, tuples as lists."""
+    if is_dataclass(value):
+        return {entry.name: to_plain(getattr(value, entry.name)) for entry in fields(value)}
+    if isinstance(value, Enum):
+        return value.value
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _check_at_least(name: str, value: float, smallest: int) -> None:
+    if not value >= smallest:
+        raise ValueError(f"{name} is {value}: it must be at least {smallest}")
