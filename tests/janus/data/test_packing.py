@@ -21,8 +21,9 @@ def test_every_record_once_within_the_budget(num_ranks, count):
     positions = np.concatenate([batch for rank in plan for batch in rank])
     np.testing.assert_array_equal(np.sort(positions), np.arange(count))
     for batch in (batch for rank in plan for batch in rank):
-        assert len(batch) and (np.diff(batch) > 0).all()
-        assert sizes[batch, 0].sum() <= 150 and sizes[batch, 2].sum() <= 30_000
+        assert len(batch) > 0
+        assert (np.diff(batch) > 0).all()
+        assert (sizes[batch].sum(axis=0)[[0, 2]] <= (150, 30_000)).all()
 
 
 def test_cost_is_balanced():
@@ -54,7 +55,7 @@ def test_oversize_records_are_named():
     sizes = make_sizes(5)
     sizes[3] = 192, 9000, 800_000
     budget = Budget(limits=(100, None, 500_000), names=NAMES)
-    with pytest.raises(ValueError, match=r"1 of 5 .*\n  file:3: 192 atoms, 9000 edges, 800000 angles\nraise .*192 atoms"):
+    with pytest.raises(ValueError, match=r"1 of 5 .*\n  file:3: 192 atoms, 9000 edges, 800000 angles\nraise .*192 at"):
         check_fits(sizes, budget, lambda i: f"file:{i}")
     check_fits(sizes[:3], budget, str)
 

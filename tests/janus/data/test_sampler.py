@@ -13,7 +13,8 @@ def test_every_epoch_has_every_record_once(num_records, size):
         batches = [sampler.indices(step) for step in steps]
         np.testing.assert_array_equal(np.sort(np.concatenate(batches)), np.arange(num_records))
         lengths = [len(batch) for batch in batches]
-        assert max(lengths) <= size and max(lengths) - min(lengths) <= 1
+        assert max(lengths) <= size
+        assert max(lengths) - min(lengths) <= 1
         assert {sampler.epoch(step) for step in steps} == {epoch}
 
 
@@ -35,7 +36,8 @@ def test_global_budget_is_kept_and_used():
     sampler = GlobalBatchSampler(300, sizes=sizes, global_budget=Budget(limits=(400, None), names=("a", "b")))
     last = sampler.first_step(1)
     sums = [sizes[sampler.indices(step)][:, 0].sum() for step in range(last)]
-    assert max(sums) <= 400 and min(sums[:-1]) > 350
+    assert max(sums) <= 400
+    assert min(sums[:-1]) > 350
     records = np.concatenate([sampler.indices(step) for step in range(last)])
     np.testing.assert_array_equal(np.sort(records), np.arange(300))
     assert sampler.epoch(last) == 1

@@ -54,7 +54,7 @@ def assert_same(got, expected):
 def test_round_trip(tmp_path):
     records = make_records(50)
     reader = write(tmp_path / "a.h5", records)
-    assert len(reader) == 50 and reader.attributes == {"answer": 42} and reader.fields == FIELDS
+    assert (len(reader), reader.attributes, reader.fields) == (50, {"answer": 42}, FIELDS)
     for i in (0, 49, 13, 3):
         assert_same(reader[i], records[i])
     for got, expected in zip(reader.read(11, 29), records[11:29], strict=True):
@@ -128,7 +128,7 @@ def test_every_flipped_byte_is_noticed_or_harmless(tmp_path):
     content = path.read_bytes()
     rng = np.random.default_rng(0)
     noticed = 0
-    for position in [*range(0, 60), *rng.integers(0, len(content), 200)]:
+    for position in [*range(60), *rng.integers(0, len(content), 200)]:
         damaged = bytearray(content)
         damaged[position] ^= 0x10
         path.write_bytes(damaged)
