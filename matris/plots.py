@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from janus.telemetry.csv_log import read_csv
 from matris.units import GPA, MILLI
@@ -45,6 +46,8 @@ def plot_learning_curves(log: Path, output: Path) -> None:
             axes.plot(*valid, color="C0", marker="o", markersize=3, label="validation, averaged weights")
         if all((series[1] > 0).all() for series in (train, valid)):
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(LogFormatter())
+            axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.7)))
         axes.set_xlabel("update")
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)

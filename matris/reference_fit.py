@@ -64,14 +64,15 @@ def label_statistics(dataset: StructureDataset) -> LabelStatistics:
             num_energies += 1
             rows.append(np.append(counts, labels.energy) / len(numbers))
             if len(rows) == _ROWS:
-                factor, rows = np.linalg.qr(np.vstack([factor, *rows]), mode="r"), []
+                factor, rows = _triangle([factor, *rows]), []
             if len(numbers) == 1 and dataset.sizes[index, 1] == 0:
                 isolated[int(numbers[0])] = labels.energy
         if labels.forces is not None:
             squared += float(np.square(labels.forces).sum())
             num_components += labels.forces.size
     return LabelStatistics(
-        factor=np.linalg.qr(np.vstack([factor, *rows, np.zeros((MAX_Z + 1, MAX_Z + 1))]), mode="r"),
+        # Rows of zeros change nothing, and make the factor square however few structures there are.
+        factor=_triangle([factor, *rows, np.zeros((MAX_Z + 1, MAX_Z + 1))]),
         num_energies=num_energies,
         element_counts=element_counts,
         squared_force_sum=squared,
@@ -115,6 +116,11 @@ def reference_table(energies: np.ndarray, statistics: LabelStatistics) -> str:
         count = int(statistics.element_counts[number])
         lines.append(f"  {SYMBOLS[number + 1]:<9}{count:>11}{energies[number]:>16.6f}")
     return "\n".join(lines)
+
+
+def _triangle(rows: list[np.ndarray]) -> np.ndarray:
+    """R of the QR factorisation of the stacked rows."""
+    return np.linalg.qr(np.vstack(rows)).R
 
 
 def _read(path: Path) -> dict[int, float]:

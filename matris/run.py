@@ -19,7 +19,7 @@ from matris.config import Precision
 from matris.evaluation import evaluate_dataset, evaluation_source
 from matris.exported import load_model, num_parameters
 from matris.metrics import metrics_line
-from matris.model import MatRIS, Prediction
+from matris.model import Prediction
 from matris.plots import plot_learning_curves, plot_parity
 from matris.run_table import run_table
 from matris.setup import Setup, build_setup
@@ -124,7 +124,8 @@ def _verify_base(config: TrainConfig, setup: Setup, mesh: Mesh) -> None:
     if mesh.is_main:
         part = "" if same_references else ", reference energies aside"
         print(
-            f"predictions on {len(dataset)} structures are those of {config.init_from} (largest difference {largest:.1g}{part})"
+            f"predictions on {len(dataset)} structures are those of {config.init_from} "
+            f"(largest relative difference {largest:.1g}{part})"
         )
 
 

@@ -81,7 +81,7 @@ def _batch(setup: Setup, mesh: Mesh) -> str:
     size = setup.portions.batch_size
     return (
         f"{size} structures per update over all ranks = {size / mesh.data:.3g} per rank, in {np.mean(pieces):.3g} "
-        f"micro-batches on average (at most {max(pieces)}); the busiest rank has {np.mean(imbalance):.3f} x the mean work"
+        f"micro-batches (at most {max(pieces)}); the busiest rank has {np.mean(imbalance):.3f} times the mean work"
     )
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from janus.comm.collectives import on_main_rank
 from janus.data.loader import StepLoader
 from janus.data.sampler import GlobalBatchSampler
@@ -20,6 +18,7 @@ from matris.data.labels import LabelKeys, StressUnit
 from matris.evaluation import Portions, collate_for, evaluation_source
 from matris.exported import load_model, read_config
 from matris.model import MatRIS
+from matris.precision import set_precision
 from matris.reference_fit import LabelStatistics, label_statistics, reference_energies
 from matris.task import MatRISTask
 from matris.train_config import DataConfig, OptimConfig, TrainConfig
@@ -71,18 +70,14 @@ def build_setup(config: TrainConfig, mesh: Mesh) -> Setup:
     Raises:
         ValueError, OSError: a mistake in the settings or the data.
     """
-    precision = Precision(config.training.precision)
-    if precision is Precision.tf32 and mesh.device.type != "cuda":
-        raise ValueError("training.precision is tf32 on a CPU: only CUDA GPUs have that format; use fp32")
-    torch.backends.cuda.matmul.allow_tf32 = precision is Precision.tf32
-
+    set_precision(config.training.precision, mesh.device)
     data = config.data
     hyper = hyper_parameters(config)
     # Rank 0 first: it prepares raw files, and tells all others if something is wrong with them.
     on_main_rank(lambda: len(_open_datasets(config, hyper).train), mesh)
     datasets = _open_datasets(config, hyper)
     statistics = on_main_rank(lambda: label_statistics(datasets.train), mesh)
-    model = _build_model(config, hyper, statistics, precision).to(mesh.device)
+    model = _build_model(config, hyper, statistics).to(mesh.device)
     task = MatRISTask(model, config.loss, datasets.train.task_names)
     sampler = GlobalBatchSampler(
         len(datasets.train), global_batch_size=data.global_batch_size, seed=config.training.seed
@@ -187,8 +182,9 @@ def _label_keys(data: DataConfig) -> LabelKeys:
     )
 
 
-def _build_model(config: TrainConfig, hyper: ModelConfig, statistics: LabelStatistics, precision: Precision) -> MatRIS:
+def _build_model(config: TrainConfig, hyper: ModelConfig, statistics: LabelStatistics) -> MatRIS:
     """New, or the base model, with its reference energies and energy scale."""
+    precision = Precision(config.training.precision)
     if config.init_from is None:
         model = MatRIS(hyper, precision=precision, seed=config.training.seed)
     else:
