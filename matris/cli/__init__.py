@@ -32,20 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given or os.environ.get("JANUS_DEBUG", "0") not in ("", "0")
     given = [word for word in given if word != "--debug"]
-    if not given or given[0] in ("-h", "--help", "help"):
-        print(_help())
-        return 0 if given else 2
-    if given[0] == "--version":
-        print(f"janus-matris {__version__}")
-        return 0
-    verb, *rest = given
-    if verb not in VERBS:
-        print(f"janus-matris: error: no verb {verb!r}; one of {', '.join(VERBS)}", file=sys.stderr)
-        return 2
-    # Said four times by megatron-core on import; neither is needed.
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
     try:
-        return int(importlib.import_module(VERBS[verb][0]).main(normalise_option_names(rest)) or 0)
+        status = _run(given)
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output left, as `| head` does
@@ -54,8 +44,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if debug:
             raise
-        print(f"janus-matris {verb}: error: {_message(error)}", file=sys.stderr)
+        print(f"janus-matris {given[0]}: error: {_message(error)}", file=sys.stderr)
         return 2
+
+
+def _run(given: list[str]) -> int:
+    if not given or given[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0 if given else 2
+    verb, *rest = given
+    if verb == "--version":
+        print(f"janus-matris {__version__}")
+        return 0
+    if verb not in VERBS:
+        print(f"janus-matris: error: no verb {verb!r}; one of {', '.join(VERBS)}", file=sys.stderr)
+        return 2
+    # Said four times by megatron-core on import; neither is needed.
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    return int(importlib.import_module(VERBS[verb][0]).main(normalise_option_names(rest)) or 0)
 
 
 def normalise_option_names(arguments: Sequence[str]) -> list[str]:
