@@ -130,5 +130,8 @@ def num_parameters(model: MatRIS) -> int:
 
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file, hexadecimal."""
+    digest = hashlib.sha256()
     with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,97 @@
+"""Model directories: round trip, damage, refusal."""
+
+import json
+
+import pytest
+import torch
+
+from matris.config import ModelConfig, Precision
+from matris.exported import load_model, save_model
+from tests.matris.structures import all_kinds, predict, tiny_model
+
+
+@pytest.fixture
+def directory(tmp_path):
+    model = tiny_model()
+    model.set_reference_energies({29: -3.25})
+    model.energy_scale.fill_(1.7)
+    save_model(model, tmp_path / "model", provenance={"made_by": "test"})
+    return tmp_path / "model"
+
+
+def test_round_trip_is_exact(directory):
+    model, loaded = tiny_model(), load_model(directory)
+    atoms = all_kinds()["fcc supercell"]
+    assert loaded.precision is Precision.fp64
+    assert loaded.energy_scale.item() == 1.7
+    assert loaded.reference_energies[28].item() == -3.25
+    # 1.7 times the energies of the model before its scale was set.
+    torch.testing.assert_close(
+        predict(loaded, atoms).interaction_energy, 1.7 * predict(model, atoms).interaction_energy, rtol=1e-14, atol=0
+    )
+
+
+def test_precision_of_choice(directory):
+    assert load_model(directory, precision=Precision.fp32).readout.norm.weight.dtype == torch.float32
+    assert load_model(directory, precision=Precision.fp32).reference_energies.dtype == torch.float64
+
+
+def test_existing_directory_is_kept_unless_told(directory):
+    before = (directory / "config.json").read_text()
+    with pytest.raises(FileExistsError, match="exists"):
+        save_model(tiny_model(), directory, provenance={})
+    assert (directory / "config.json").read_text() == before
+    save_model(tiny_model(), directory, provenance={}, overwrite=True)
+    assert (directory / "config.json").read_text() != before
+    assert [path.name for path in directory.parent.iterdir()] == ["model"]
+
+
+def test_corrupt_weights_are_refused(directory):
+    weights = directory / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ValueError, match="corrupt"):
+        load_model(directory)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": 99}, "format version 99"),
+        ({"format": "other"}, "does not describe"),
+        ({"model": {"num_layers": 2}}, "missing"),
+    ],
+)
+def test_foreign_configs_are_refused(directory, change, message):
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(ValueError, match=message):
+        load_model(directory)
+
+
+def test_incomplete_directories_are_refused(directory, tmp_path):
+    with pytest.raises(ValueError, match="not a model directory"):
+        load_model(tmp_path)
+    (directory / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="incomplete"):
+        load_model(directory)
+
+
+def test_unwritable_place_leaves_nothing(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"file"):
+        save_model(tiny_model(), tmp_path / "file" / "model", provenance={})
+
+
+def test_config_round_trip_and_limits():
+    config = ModelConfig(num_layers=3, readout_hidden_sizes=(7, 5))
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    for change, message in (
+        ({"num_layers": 0}, "num_layers"),
+        ({"three_body_cutoff": 7.0}, "three_body_cutoff"),
+        ({"num_angular": 6}, "odd"),
+        ({"readout_hidden_sizes": (0,)}, "readout_hidden_sizes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ModelConfig(**change)

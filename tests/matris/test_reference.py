@@ -1,0 +1,149 @@
+"""Outputs and checkpoints of the reference package (matris 0.1.0)."""
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from matris.config import ModelConfig, Precision
+from matris.exported import load_model, num_parameters
+from matris.graph.batch import collate_graphs
+from matris.graph.build import build_graph
+from matris.graph.structure import Structure
+from matris.model import MatRIS
+from matris.reference import convert_reference, read_reference
+from matris.units import GPA
+
+RELATIVE = {"released_like_f64": (Precision.fp64, 1e-9), "default_like_f32": (Precision.fp32, 1e-5)}
+
+
+@pytest.fixture(scope="module", params=RELATIVE)
+def converted(request, shared_directory, tmp_path_factory):
+    source = shared_directory / "reference" / request.param
+    if not source.is_dir():
+        pytest.skip(f"{source} is not there")
+    output = tmp_path_factory.mktemp("converted") / "model"
+    convert_reference(source / "reference.pth.tar", output)
+    precision, relative = RELATIVE[request.param]
+    return load_model(output, precision=precision), np.load(source / "expected.npz"), relative
+
+
+def test_outputs_equal_the_reference(converted):
+    model, expected, relative = converted
+    names = sorted({key.split("/")[0] for key in expected})
+    assert len(names) == 8
+    cutoffs = {
+        "pairwise_cutoff": model.hyper.pairwise_cutoff,
+        "three_body_cutoff": model.hyper.three_body_cutoff,
+    }
+    quantities = {}
+    for name in names:
+        structure = Structure(
+            numbers=expected[f"{name}/numbers"],
+            positions=expected[f"{name}/positions"],
+            cell=expected[f"{name}/cell"],
+            pbc=np.ones(3, dtype=bool),
+        )
+        prediction = model(collate_graphs([build_graph(structure, **cutoffs)]))
+        ours = {
+            "energy_per_atom_eV": prediction.energy.numpy()[0] / structure.num_atoms,
+            "forces_eV_per_A": prediction.forces.numpy(),
+            "stress_GPa": prediction.stress.numpy()[0] / GPA,
+            "magmom_muB": prediction.magmoms.numpy(),
+        }
+        for quantity, value in ours.items():
+            quantities.setdefault(quantity, []).append((name, value, expected[f"{name}/{quantity}"]))
+    for quantity, rows in quantities.items():
+        # Forces of a symmetric crystal are zero: errors are relative to the largest value over the structures.
+        scale = max(np.abs(theirs).max() for _, _, theirs in rows)
+        for name, ours, theirs in rows:
+            error = np.abs(ours - theirs).max()
+            assert error <= relative * scale, f"{name}: {quantity} differs by {error:.2e}, scale {scale:.2e}"
+
+
+@pytest.mark.parametrize(("num_layers", "count"), [(4, 4_294_897), (6, 6_344_433), (10, 10_443_505)])
+def test_released_sizes(num_layers, count):
+    with torch.device("meta"):
+        model = MatRIS(ModelConfig(num_layers=num_layers, smooth_attention=False))
+    assert num_parameters(model) == count
+
+
+@pytest.fixture
+def checkpoint(shared_directory):
+    path = shared_directory / "reference" / "default_like_f32" / "reference.pth.tar"
+    if not path.is_file():
+        pytest.skip(f"{path} is not there")
+    return read_reference(path)
+
+
+def write(path: Path, config: dict, state: dict) -> Path:
+    torch.save({"config": config, "state_dict": state}, path)
+    return path
+
+
+def test_missing_and_unknown_weights_are_named(checkpoint, tmp_path):
+    config, state = checkpoint
+    state = dict(state)
+    del state["readout_norm.weight"]
+    state["surprise.weight"] = torch.zeros(1)
+    with pytest.raises(ValueError, match=r"missing \['readout_norm.weight'\], unknown \['surprise.weight'\]"):
+        convert_reference(write(tmp_path / "bad.pth.tar", config, state), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_shapes_are_named(checkpoint, tmp_path):
+    config, state = checkpoint
+    state = {**state, "readout_norm.weight": torch.zeros(3)}
+    with pytest.raises(ValueError, match=r"readout_norm.weight.*\(3,\).*do not fit"):
+        convert_reference(write(tmp_path / "bad.pth.tar", config, state), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("is_conservation", False, "is_conservation is False"),
+        ("activation_type", "gelu", "activation_type is 'gelu'"),
+        ("graph_conv_mlp", "MoE", "graph_conv_mlp is 'MoE'"),
+        ("edge_feat_dim", 64, "must be equal"),
+        ("three_body_expansion", "wavelet", "wavelet"),
+        ("new_setting", 1, "unknown settings"),
+    ],
+)
+def test_settings_without_counterpart_are_refused(checkpoint, tmp_path, setting, value, message):
+    config, state = checkpoint
+    with pytest.raises(ValueError, match=message):
+        convert_reference(write(tmp_path / "bad.pth.tar", {**config, setting: value}, state), tmp_path / "out")
+
+
+class Malicious:
+    def __reduce__(self):
+        return (Path.touch, (Path("ran"),))
+
+
+def test_code_in_a_pickle_is_never_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"config": {}, "state_dict": {}, "extra": Malicious()}, tmp_path / "bad.pth.tar")
+    with pytest.raises(ValueError, match="could run code"):
+        read_reference(tmp_path / "bad.pth.tar")
+    assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", pickle.dumps([1, 2], protocol=2)])
+def test_foreign_files_are_refused(tmp_path, content):
+    (tmp_path / "bad.pth.tar").write_bytes(content)
+    with pytest.raises(ValueError, match=r"bad\.pth\.tar"):
+        read_reference(tmp_path / "bad.pth.tar")
+    with pytest.raises(ValueError, match="not a file"):
+        read_reference(tmp_path / "absent.pth.tar")
+
+
+def test_converted_directory_says_where_it_came_from(checkpoint, tmp_path):
+    config, state = checkpoint
+    convert_reference(write(tmp_path / "good.pth.tar", config, state), tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["provenance"]["source_file"] == "good.pth.tar"
+    assert written["model"]["smooth_attention"] is False
+    assert written["reference_energies"]["O"] == pytest.approx(state["reference_energy.fc.weight"][0, 7].item())
