@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -115,6 +116,7 @@ class StepLoader(Generic[Batch]):
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
             prefetch_factor=self.prefetch_factor if self.num_workers else None,
+            worker_init_fn=_outlive_stop_signals,
         ):
             if batch is not None:
                 ready.append(batch)
@@ -143,6 +145,12 @@ class _Once:
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return self.requests
+
+
+def _outlive_stop_signals(_: int) -> None:
+    """Schedulers signal every process of a job; the training process decides when its workers end."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _unchanged(batch: Sequence[Any]) -> Any:
