@@ -95,7 +95,7 @@ def _balance(cost: np.ndarray, num_ranks: int) -> list[np.ndarray]:
     return [np.array(share, dtype=np.int64) for share in shares]
 
 
-def _pack(sizes: np.ndarray, budget: Budget) -> list[Sequence[int]]:
+def _pack(sizes: np.ndarray, budget: Budget) -> Sequence[Sequence[int]]:
     """First fit in the given (falling) order: the bins as lists of positions."""
     bins: list[list[int]] = []
     if not len(sizes):

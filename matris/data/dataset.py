@@ -97,7 +97,9 @@ class StructureDataset:
         """
         count = max(1, round(fraction * len(self)))
         if not 0.0 < fraction < 1.0 or count >= len(self):
-            raise ValueError(f"cannot set a fraction {fraction} of {len(self)} records aside: choose between 0 and 1")
+            raise ValueError(
+                f"cannot set aside a fraction of {fraction:g} of {len(self)} records: choose between 0 and 1"
+            )
         order = np.random.default_rng(seed).permutation(len(self))
         return self.subset(np.sort(order[count:])), self.subset(np.sort(order[:count]))
 

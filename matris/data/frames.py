@@ -14,12 +14,12 @@ import lzma
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -31,7 +31,7 @@ from matris.graph.structure import Structure
 if TYPE_CHECKING:
     from ase import Atoms
 
-OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+OPENERS: dict[str, Callable[[IO[bytes]], Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 LMDB_RESERVED = (b"nextid", b"metadata", b"deleted_ids")
 
 
@@ -153,12 +153,17 @@ def read_block(block: FrameBlock, keys: LabelKeys, task: str | None) -> Iterator
                 raise outcome
             yield _frame(outcome, identifier, keys, task or "default")
         except _UNREADABLE as error:
-            reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-            yield ValueError(f"{block.path}, frame {number} (counted from 0): {reason}")
+            yield ValueError(f"{block.path}, frame {number} (counted from 0): {_reason(error)}")
 
 
 # What parsers raise for text that is not what it should be.
 _UNREADABLE = (ValueError, KeyError, IndexError, TypeError, AttributeError, OSError, zlib.error, AssertionError)
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, KeyError):
+        return f"unknown element or missing key {error}"
+    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
 
 
 def _frame(atoms: Atoms, identifier: str, keys: LabelKeys, task: str) -> Frame:
@@ -177,7 +182,7 @@ def _split_xyz(path: str) -> Iterator[tuple[str, int]]:
     with open(path, "rb") as raw:
         opener = OPENERS.get(Path(path).suffix.lower())
         try:
-            with io.TextIOWrapper(cast(BinaryIO, opener(raw, "rb") if opener else raw), encoding="utf-8") as text:
+            with io.TextIOWrapper(opener(raw) if opener else raw, encoding="utf-8") as text:
                 pending = text.readline()
                 while pending:
                     lines = [pending]
@@ -219,7 +224,7 @@ def _parse_comment(line: str) -> dict[str, Any]:
     for name in ("stress", "virial"):
         if (value := values.pop(f"shielded_{name}", None)) is not None:
             if not isinstance(value, np.ndarray) or value.shape not in ((6,), (9,)):
-                raise ValueError(f"{name} is {value!r}: expected 9 or 6 numbers (xx yy zz yz xz xy)")
+                raise ValueError(f"{name} is {value}: expected 9 or 6 numbers (xx yy zz yz xz xy)")
             values[name] = value.reshape(3, 3) if value.size == 9 else value
     return values
 
@@ -296,9 +301,7 @@ def _split_ase(path: str) -> Iterator[tuple[Atoms, int]]:
     except UnknownFileTypeError as error:
         raise ValueError(f"{path}: ASE does not know this file format ({error})") from error
     except _UNREADABLE as error:
-        raise ValueError(
-            f"{path}: cannot be read at frame {number}, counted from 0 ({type(error).__name__}: {error})"
-        ) from error
+        raise ValueError(f"{path}, frame {number} (counted from 0): cannot be read: {_reason(error)}") from error
 
 
 def _parse_ase(block: FrameBlock) -> Iterator[Atoms | Exception]:

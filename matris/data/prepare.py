@@ -79,7 +79,9 @@ class PrepareReport:
     @staticmethod
     def join(reports: Iterable[PrepareReport]) -> PrepareReport:
         """Of all parts together."""
-        num_frames, keys, problems = 0, set(), []
+        num_frames = 0
+        keys: set[str] = set()
+        problems: list[str] = []
         counters = {name: Counter[str]() for name in LABEL_NAMES}
         for report in reports:
             num_frames += report.num_frames
@@ -220,7 +222,9 @@ def _write_part(part: tuple[Path, FrameBlock], options: PrepareOptions, strict: 
     path, block = part
     if path.exists():
         return len(StoreReader(path)), block.num_bytes
-    records, problems, keys = [], [], set()
+    records: list[dict[str, Any]] = []
+    problems: list[str] = []
+    keys: set[str] = set()
     sources = {name: Counter[str]() for name in LABEL_NAMES}
     for frame in read_block(block, options.keys, options.task):
         try:
