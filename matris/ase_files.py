@@ -33,7 +33,9 @@ def read_structure(path: Path, index: int = -1) -> Atoms:
     except OSError:
         raise
     except Exception as error:  # each of ASE's readers fails in its own way
-        raise ValueError(f"{path}: ASE cannot read structure {index} of it ({type(error).__name__}: {error})") from error
+        raise ValueError(
+            f"{path}: ASE cannot read structure {index} of it ({type(error).__name__}: {error})"
+        ) from error
 
 
 @contextmanager

@@ -81,9 +81,7 @@ class MatRISCalculator(Calculator):
                 "must be periodic in all three directions"
             )
         hyper = self.model.hyper
-        graph = build_graph(
-            structure, pairwise_cutoff=hyper.pairwise_cutoff, three_body_cutoff=hyper.three_body_cutoff
-        )
+        graph = build_graph(structure, pairwise_cutoff=hyper.pairwise_cutoff, three_body_cutoff=hyper.three_body_cutoff)
         batch = collate_graphs([graph]).to(self.device)
         prediction = self.model(batch, stress=periodic)
         reference = self.model.reference_energies[batch.numbers - 1]

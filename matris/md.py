@@ -14,7 +14,6 @@ from ase.md.langevin import Langevin
 from ase.md.logger import MDLogger
 from ase.md.md import MolecularDynamics
 from ase.md.nose_hoover_chain import MTKNPT, IsotropicMTKNPT
-from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary
 from ase.md.verlet import VelocityVerlet
 from tqdm import tqdm
 
@@ -30,13 +29,13 @@ class MDSummary:
     num_atoms: int
     steps: int
     timestep_fs: float
-    temperature_mean_K: float  # noqa: N815
-    temperature_std_K: float  # noqa: N815
-    total_energy_first_eV: float  # noqa: N815
-    total_energy_last_eV: float  # noqa: N815
-    energy_drift_meV_per_atom_per_ps: float | None  # noqa: N815  nve only
-    energy_fluctuation_meV_per_atom: float | None  # noqa: N815  nve only: rms around that line
-    volume_mean_A3: float | None  # noqa: N815  npt only
+    temperature_mean_K: float
+    temperature_std_K: float
+    total_energy_first_eV: float
+    total_energy_last_eV: float
+    energy_drift_meV_per_atom_per_ps: float | None  # nve only
+    energy_fluctuation_meV_per_atom: float | None  # nve only: rms around that line
+    volume_mean_A3: float | None  # npt only
     seconds: float
     steps_per_second: float
 
@@ -97,11 +96,14 @@ def _check(atoms: Atoms, config: MDConfig) -> None:
 
 
 def _set_velocities(atoms: Atoms, config: MDConfig, rng: np.random.Generator) -> None:
+    """Maxwell-Boltzmann momenta; those of a free system are at rest as a whole."""
     if config.keep_velocities:
         return
-    MaxwellBoltzmannDistribution(atoms, temperature_K=config.temperature_K, rng=rng)
+    mass = atoms.get_masses()[:, None]
+    momenta = rng.normal(size=(len(atoms), 3)) * np.sqrt(mass * units.kB * config.temperature_K)
     if len(atoms) > 1 and not atoms.constraints:
-        Stationary(atoms)
+        momenta -= momenta.sum(axis=0) * mass / mass.sum()
+    atoms.set_momenta(momenta)
 
 
 def _dynamics(atoms: Atoms, config: MDConfig, rng: np.random.Generator) -> MolecularDynamics:

@@ -24,12 +24,12 @@ class RelaxSummary:
 
     converged: bool
     steps: int
-    initial_energy_eV: float  # noqa: N815  units keep their case
-    final_energy_eV: float  # noqa: N815
-    max_force_eV_per_A: float  # noqa: N815
-    initial_volume_A3: float | None  # noqa: N815
-    final_volume_A3: float | None  # noqa: N815
-    final_pressure_GPa: float | None  # noqa: N815
+    initial_energy_eV: float
+    final_energy_eV: float
+    max_force_eV_per_A: float
+    initial_volume_A3: float | None
+    final_volume_A3: float | None
+    final_pressure_GPa: float | None
     seconds: float
 
 

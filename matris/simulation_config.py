@@ -45,7 +45,7 @@ class RelaxConfig:
     steps: int = 500
     optimizer: Optimizer = Optimizer.fire
     cell: bool = False
-    pressure_GPa: float = 0.0  # noqa: N815  units keep their case
+    pressure_GPa: float = 0.0
 
     def __post_init__(self) -> None:
         if not (self.fmax > 0.0 and self.steps > 0):
@@ -84,11 +84,11 @@ class MDConfig:
     """
 
     ensemble: Ensemble = Ensemble.nve
-    temperature_K: float = 300.0  # noqa: N815
+    temperature_K: float = 300.0
     timestep_fs: float = 1.0
     steps: int = 1000
     friction_per_ps: float = 10.0
-    pressure_GPa: float = 0.0  # noqa: N815
+    pressure_GPa: float = 0.0
     barostat: Barostat = Barostat.isotropic
     thermostat_fs: float = 100.0
     barostat_fs: float = 1000.0
@@ -106,4 +106,6 @@ class MDConfig:
                 raise ValueError(f"--{field.name} acts in {only.value} only, and --ensemble is {self.ensemble.value}")
         lowest = 1e-3 if self.ensemble is Ensemble.npt else 0.0
         if not self.temperature_K >= lowest:
-            raise ValueError(f"--temperature_K is {self.temperature_K}: {self.ensemble.value} needs at least {lowest} K")
+            raise ValueError(
+                f"--temperature_K is {self.temperature_K}: {self.ensemble.value} needs at least {lowest} K"
+            )

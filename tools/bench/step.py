@@ -37,13 +37,17 @@ TOLERANCE = {"energy": 1e-5, "forces": 1e-4, "stress": 1e-4, "loss": 1e-4, "grad
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reference_python", required=True, help="python of an environment with PyPI matris 0.1.0")
-    parser.add_argument("--repeats", type=int, nargs="+", default=[1, 2], help="NaCl cells along each axis (8 n^3 atoms)")
+    parser.add_argument(
+        "--repeats", type=int, nargs="+", default=[1, 2], help="NaCl cells along each axis (8 n^3 atoms)"
+    )
     parser.add_argument("--layers", type=int, default=6, help="interaction blocks of the released-like model")
     parser.add_argument("--width", type=int, default=128, help="feature width")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each process, after one that is not timed")
     parser.add_argument("--rounds", type=int, default=1, help="rounds of A B B A")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--smooth", action="store_true", help="time ours with smooth attention (its default in training)")
+    parser.add_argument(
+        "--smooth", action="store_true", help="time ours with smooth attention (its default in training)"
+    )
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args()
     if options.output is not None and not options.output.parent.is_dir():

@@ -1,0 +1,52 @@
+"""`janus-matris info`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from matris.cli import main
+
+
+def test_directory(tiny_model_directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--model", str(tiny_model_directory), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["model"]["hidden_size"] == 8
+    assert facts["provenance"] == {"made_by": "tests"}
+    assert main(["info", "--model", str(tiny_model_directory)]) == 0
+    shown = capsys.readouterr().out
+    assert "H..Pu (94)" in shown
+    assert "Cu                       -3.5" in shown
+
+
+def test_released_size(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--model.num-layers", "10", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["parameters"] == 10443505
+
+
+def test_preset_with_a_change(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--preset", "s", "--model.num_layers=1", "--model.hidden_size", "16", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["model"]["num_layers"], facts["model"]["hidden_size"]) == (1, 16)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model.no_field", "1"], "no_field"),
+        (["--model.num_layers", "x"], "num_layers"),
+        (["--model.num_layers", "0"], "num_layers"),
+        (["--preset", "none"], "none"),
+        (["--model", "."], "not a model directory"),
+        (["--model", ".", "--model.num_layers", "1"], "complete by itself"),
+    ],
+)
+def test_bad_input(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        status = main(["info", *arguments])
+    except SystemExit as end:  # the option parser's own way out
+        status = end.code
+    assert status == 2
+    assert words in capsys.readouterr().err
