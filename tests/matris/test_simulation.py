@@ -210,8 +210,13 @@ def test_output_directory_is_whole_or_partial(tmp_path: Path) -> None:
     assert {path.name: path.read_text() for path in target.iterdir()} == {"a": "newer", "other": "kept"}
     with pytest.raises(RuntimeError), output_directory(tmp_path / "b", overwrite=False) as directory:
         raise RuntimeError
-    with pytest.raises(FileNotFoundError), output_directory(tmp_path / "c", overwrite=False) as directory:
-        (directory / "a").write_text((directory / "a").touch() or (directory / "missing").read_text())
+
+    def write_and_fail(directory: Path) -> None:
+        (directory / "a").write_text("so far")
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError), output_directory(tmp_path / "c", overwrite=False) as directory:
+        write_and_fail(directory)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.partial", "deep"]
 
 
