@@ -65,7 +65,7 @@ def _run(given: list[str]) -> int:
 
 
 def normalise_option_names(arguments: Sequence[str]) -> list[str]:
-    """`--dry-run` and `--data.max-atoms=5` to `--dry_run` and `--data.max_atoms=5`; values and what follows `--` stay."""
+    """`--dry-run` to `--dry_run`, `--data.max-atoms=5` to `--data.max_atoms=5`; values, and all after `--`, stay."""
     names: list[str] = []
     for position, word in enumerate(arguments):
         if word == "--":
