@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -127,6 +128,18 @@ def test_light_modules_import_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def test_map_is_complete() -> None:
+    """docs/architecture.md has a row, with the level, for every module but the empty ones, and for no other."""
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    rows = dict(re.findall(r"^\| `(\S+\.py)` \| (\d+) \|", text, re.MULTILINE))
+    wanted = {
+        path.relative_to(ROOT).as_posix(): str(level_of(module_of(path)))
+        for path in SOURCES
+        if path.name not in ("__init__.py", "__main__.py") or path.parent.name == "cli"
+    }
+    assert rows == wanted
 
 
 @pytest.mark.parametrize("folder", ["janus", "matris", "tools", "tests"])

@@ -45,7 +45,7 @@ def _hyper_parameters(preset: str | None, arguments: list[str]) -> ModelConfig:
     parser.add_class_arguments(ModelConfig, "model")
     base = PRESETS[preset] if preset else ModelConfig()
     parser.set_defaults({f"model.{field.name}": getattr(base, field.name) for field in fields(base)})
-    return parser.instantiate_classes(parser.parse_args(arguments)).model
+    return ModelConfig(**vars(parser.parse_args(arguments).model))
 
 
 def _of_directory(directory: Path) -> dict[str, Any]:
