@@ -52,11 +52,9 @@ class MatRISCalculator(Calculator):
         super().__init__()
         if dtype not in PRECISIONS:
             raise ValueError(f"dtype is {dtype!r}: allowed are {', '.join(PRECISIONS)}")
-        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device is {device!r}: torch finds no CUDA device; use device='cpu'")
+        self.device = _find_device(device)
         if task is not None:
             raise ValueError(f"task is {task!r}: this model has one task without a name; leave task away")
-        self.device = torch.device(device)
         precision = PRECISIONS[dtype]
         if isinstance(model, MatRIS):
             self.model = MatRIS(model.hyper, precision=precision)
@@ -96,3 +94,13 @@ class MatRISCalculator(Calculator):
         if periodic:
             results["stress"] = full_3x3_to_voigt_6_stress(prediction.stress[0].cpu().numpy())
         self.results = results
+
+
+def _find_device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device is {name!r}: allowed are cpu, cuda, cuda:1, ...") from error
+    if device.type == "cuda" and not (device.index or 0) < torch.cuda.device_count():
+        raise ValueError(f"device is {name!r}: torch finds {torch.cuda.device_count()} CUDA devices; use device='cpu'")
+    return device

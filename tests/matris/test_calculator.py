@@ -143,6 +143,10 @@ def test_bad_input(calculator: MatRISCalculator, tiny_model: MatRIS, copper: Ato
         heavy.get_potential_energy()
     with pytest.raises(ValueError, match="dtype is 'float16'"):
         MatRISCalculator(tiny_model, dtype="float16")
+    with pytest.raises(ValueError, match="device is 'tpu9'"):
+        MatRISCalculator(tiny_model, device="tpu9")
+    with pytest.raises(ValueError, match="CUDA devices"):
+        MatRISCalculator(tiny_model, device="cuda:99")
     with pytest.raises(ValueError, match="task is 'r2scan'"):
         MatRISCalculator(tiny_model, task="r2scan")
     with pytest.raises(ValueError, match="not a model directory"):
