@@ -46,9 +46,9 @@ class _Terms(torch.autograd.Function):
         ctx.save_for_backward(logits, message, envelope)
         ctx.cap = cap
 
-        def terms(logits: Tensor, message: Tensor, envelope: Tensor) -> tuple[Tensor]:
-            weight = envelope * _exponential(logits, cap)[0]
-            return (torch.cat([weight, envelope * weight * message], dim=1),)
+        def terms(logits: Tensor, message: Tensor, u: Tensor) -> tuple[Tensor]:
+            weight = _exponential(logits, cap)[0] * u
+            return (torch.cat([weight, message * u * weight], dim=1),)
 
         return map_rows(terms, (logits, message, envelope))[0]
 
@@ -67,35 +67,43 @@ class _TermsGrad(torch.autograd.Function):
 
         def first(logits: Tensor, message: Tensor, u: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
             exp, tanh = _exponential(logits, cap)
-            slope = exp if tanh is None else exp * (1 - tanh * tanh)
             g_weight, g_value = grad.chunk(2, dim=1)
-            h = u * (g_weight + u * message * g_value)
-            g_envelope = (exp * (g_weight + 2 * u * message * g_value)).sum(dim=1, keepdim=True)
-            return slope * h, u * u * exp * g_value, g_envelope
+            value = message * g_value * u
+            sum_1 = g_weight + value
+            g_envelope = (exp * (sum_1 + value)).sum(dim=1, keepdim=True)
+            weight = exp * u
+            g_logits = weight * sum_1
+            if tanh is not None:
+                g_logits = g_logits * (1 - tanh * tanh)
+            return g_logits, weight * u * g_value, g_envelope
 
         return map_rows(first, (logits, message, envelope, grad))
 
     @staticmethod
     def backward(ctx: Any, v_logits: Tensor, v_message: Tensor, v_envelope: Tensor):
+        """Gradients of <v_logits, dlogits> + <v_message, dmessage> + <v_envelope, denvelope>."""
+
         def second(logits, message, u, grad, v_s, v_m, v_u) -> tuple[Tensor, ...]:
             exp, tanh = _exponential(logits, ctx.cap)
+            g_weight, g_value = grad.chunk(2, dim=1)
+            value = message * g_value * u
+            sum_1 = g_weight + value
+            sum_2 = sum_1 + value
+            mixed = v_m * u + message * (2 * v_u)
             if tanh is None:
-                slope = curvature = exp
+                vs, bend = v_s, v_s
             else:
                 sech = 1 - tanh * tanh
-                slope = exp * sech
-                curvature = slope * (sech - 2 / ctx.cap * tanh)
-            g_weight, g_value = grad.chunk(2, dim=1)
-            mg = message * g_value
-            sum_1 = g_weight + u * mg
-            sum_2 = sum_1 + u * mg
-            vs = v_s * slope
-            g_logits = v_s * curvature * (u * sum_1) + slope * (u * u * v_m * g_value + v_u * sum_2)
-            g_message = (u * u * vs + 2 * v_u * u * exp) * g_value
-            g_u = (vs * sum_2 + 2 * exp * (u * v_m * g_value + v_u * mg)).sum(dim=1, keepdim=True)
-            g_grad = torch.cat(
-                [u * vs + v_u * exp, u * (u * vs * message + exp * (u * v_m + 2 * v_u * message))], dim=1
+                vs = v_s * sech
+                bend = vs * torch.add(sech, tanh, alpha=-2 / ctx.cap)
+            weight = exp * u
+            g_logits = bend * weight * sum_1 + (v_m * weight * u * g_value + v_u * exp * sum_2) * (
+                1 if tanh is None else sech
             )
+            vs_exp = vs * exp
+            g_message = (vs_exp * u + exp * (2 * v_u)) * u * g_value
+            g_u = (vs_exp * sum_2 + exp * g_value * (v_m * (2 * u) + message * (2 * v_u))).sum(dim=1, keepdim=True)
+            g_grad = torch.cat([vs_exp * u + exp * v_u, u * (vs_exp * u * message + exp * mixed)], dim=1)
             return g_logits, g_message, g_u, g_grad
 
         return (*map_rows(second, (*ctx.saved_tensors, v_logits, v_message, v_envelope)), None)

@@ -7,14 +7,19 @@ Notation, per row and half (core or gate), m() the mean over channels:
     x = r (z - m(z)),  r = (m((z - m(z))^2) + eps)^(-1/2)       (RMS norm: without the mean)
     a = w x + b,       y = silu(a_core) sigmoid(a_gate)
     J v = r (v - m(v) - x m(x v))                               dx/dz applied to v; J is symmetric
+
+Layer norm uses torch's fused kernels while nothing is recorded. When derivatives are themselves recorded, and for RMS
+norm, the formulas are written out: torch's own derivatives of layer norm are not right beyond the second order.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from janus.ops.demand import wants_gradient
 from janus.ops.rowwise import map_rows
@@ -42,10 +47,9 @@ class _GatedNorm(torch.autograd.Function):
         ctx.norm = (eps, center)
 
         def output(core: Tensor, gate: Tensor) -> tuple[Tensor]:
-            x_core, _ = _normalise(core, eps, center)
-            x_gate, _ = _normalise(gate, eps, center)
-            a_core, a_gate = _affine(x_core, weight, bias, 0), _affine(x_gate, weight, bias, 1)
-            return (a_core.sigmoid().mul_(a_core).mul_(a_gate.sigmoid()),)
+            core_norm = _Norm.of(core, weight, bias, 0, eps, center)
+            gate_norm = _Norm.of(gate, weight, bias, 1, eps, center)
+            return (functional.silu(core_norm.out) * gate_norm.out.sigmoid(),)
 
         return map_rows(output, (core, gate))[0]
 
@@ -95,39 +99,87 @@ def _mean(v: Tensor) -> Tensor:
     return v.mean(dim=-1, keepdim=True)
 
 
-def _normalise(z: Tensor, eps: float, center: bool) -> tuple[Tensor, Tensor]:
-    """x and r of the notation above, (N, d) and (N, 1)."""
-    centered = z - _mean(z) if center else z
-    inverse = (_mean(centered * centered) + eps).rsqrt()
-    return centered * inverse, inverse
+@dataclass(frozen=True, kw_only=True)
+class _Norm:
+    """One half's norm: a = w x + b of the notation above, with what its derivatives need.
 
+    Attributes:
+        z, out: input and output, (N, d).
+        mean, inverse: m(z) (None for RMS norm) and r, (N, 1).
+        weight, bias: (d,), bias may be None.
+        fused: whether torch's kernels serve.
+    """
 
-def _affine(x: Tensor, weight: Tensor, bias: Tensor | None, half: int) -> Tensor:
-    return x * weight[half] if bias is None else torch.addcmul(bias[half], x, weight[half])
+    z: Tensor
+    out: Tensor
+    mean: Tensor | None
+    inverse: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    fused: bool
 
+    @staticmethod
+    def of(z: Tensor, weights: Tensor, biases: Tensor | None, half: int, eps: float, center: bool) -> _Norm:
+        weight, bias = weights[half], None if biases is None else biases[half]
+        fused = center and not torch.is_grad_enabled()
+        if fused:
+            out, mean, inverse = torch.native_layer_norm(z, z.shape[-1:], weight, bias, eps)
+        else:
+            mean = _mean(z) if center else None
+            centered = z if mean is None else z - mean
+            inverse = (_mean(centered * centered) + eps).rsqrt()
+            out = centered * inverse * weight
+            out = out if bias is None else out + bias
+        return _Norm(z=z, out=out, mean=mean, inverse=inverse, weight=weight, bias=bias, fused=fused)
 
-def _apply_jacobian(x: Tensor, inverse: Tensor, v: Tensor, center: bool) -> Tensor:
-    projected = v - _mean(v) if center else v
-    return inverse * torch.addcmul(projected, x, _mean(x * v), value=-1.0)
+    def normalised(self) -> Tensor:
+        """x, (N, d)."""
+        return (self.z if self.mean is None else self.z - self.mean) * self.inverse
+
+    def jacobian(self, v: Tensor) -> Tensor:
+        """J v, (N, d)."""
+        if self.fused:
+            return self._fused_backward(v, None, [True, False, False])[0]
+        x = self.normalised()
+        projected = v if self.mean is None else v - _mean(v)
+        return self.inverse * (projected - x * _mean(x * v))
+
+    def backward(self, grad: Tensor, *, affine: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """From the gradient of `out` those of z, weight and bias; the latter two None unless `affine`."""
+        if self.fused:
+            return self._fused_backward(grad, self.weight, [True, affine, affine])
+        gradients = (grad * self.normalised()).sum(0), grad.sum(0)
+        return self.jacobian(grad * self.weight), *(gradients if affine else (None, None))
+
+    def jacobian_derivative(self, g: Tensor, v: Tensor) -> Tensor:
+        """Gradient of <v, J g> for z: -r^2 C(x (m(C v C g) - 3 m(x g) m(x v)) + m(x v) g + m(x g) v), C v = v - m(v)."""
+        x = self.normalised()
+        xg, xv, vg = _mean(x * g), _mean(x * v), _mean(v * g)
+        if self.mean is not None:
+            vg = vg - _mean(v) * _mean(g)
+        total = torch.addcmul(torch.addcmul(x * (vg - 3 * xg * xv), g, xv), v, xg)
+        if self.mean is not None:
+            total = total - _mean(total)
+        return -self.inverse.square() * total
+
+    def _fused_backward(self, grad: Tensor, weight: Tensor | None, mask: list[bool]) -> tuple[Tensor, ...]:
+        return torch.ops.aten.native_layer_norm_backward(
+            grad, self.z, self.z.shape[-1:], self.mean, self.inverse, weight, None if weight is None else self.bias, mask
+        )
 
 
 def _first_derivative(core, gate, weight, bias, grad, eps, center, *, affine: bool) -> tuple[Tensor, ...]:
     """Gradients of core and gate, and of weight and bias (2, d) if asked for."""
-    x_core, r_core = _normalise(core, eps, center)
-    x_gate, r_gate = _normalise(gate, eps, center)
-    a_core, a_gate = _affine(x_core, weight, bias, 0), _affine(x_gate, weight, bias, 1)
-    s_core, s_gate = a_core.sigmoid(), a_gate.sigmoid()
-    silu = a_core * s_core
-    g_core = grad * (s_core + silu * (1 - s_core)) * s_gate
-    g_gate = grad * silu * s_gate * (1 - s_gate)
-    grads = (
-        _apply_jacobian(x_core, r_core, g_core * weight[0], center),
-        _apply_jacobian(x_gate, r_gate, g_gate * weight[1], center),
-    )
+    core_norm = _Norm.of(core, weight, bias, 0, eps, center)
+    gate_norm = _Norm.of(gate, weight, bias, 1, eps, center)
+    s_gate = gate_norm.out.sigmoid()
+    g_core = _silu_backward(grad * s_gate, core_norm.out)
+    g_gate = _sigmoid_backward(grad * functional.silu(core_norm.out), s_gate)
+    core, core_weight, core_bias = core_norm.backward(g_core, affine=affine)
+    gate, gate_weight, gate_bias = gate_norm.backward(g_gate, affine=affine)
     if not affine:
-        return grads
-    g_weight = torch.stack([(g_core * x_core).sum(0), (g_gate * x_gate).sum(0)])
-    return (*grads, g_weight, torch.stack([g_core.sum(0), g_gate.sum(0)]))
+        return core, gate
+    return core, gate, torch.stack([core_weight, gate_weight]), torch.stack([core_bias, gate_bias])
 
 
 def _affine_gradients(core, gate, weight, bias, grad, eps, center) -> tuple[Tensor, Tensor]:
@@ -140,40 +192,45 @@ def _second_derivative(core, gate, weight, bias, grad, v_core, v_gate, eps, cent
 
     dcore and dgate are the outputs of `_first_derivative`.
     """
-    x_core, r_core = _normalise(core, eps, center)
-    x_gate, r_gate = _normalise(gate, eps, center)
-    a_core, a_gate = _affine(x_core, weight, bias, 0), _affine(x_gate, weight, bias, 1)
-    s_core, s_gate = a_core.sigmoid(), a_gate.sigmoid()
-    t_core = 1 - s_core
-    silu = a_core * s_core
-    silu1 = s_core + silu * t_core
-    silu2 = s_core * t_core * (2 + a_core * (t_core - s_core))
-    gate1 = s_gate * (1 - s_gate)
-    gate2 = gate1 * (1 - 2 * s_gate)
-    y_core, y_gate = silu1 * s_gate, silu * gate1
+    core_norm = _Norm.of(core, weight, bias, 0, eps, center)
+    gate_norm = _Norm.of(gate, weight, bias, 1, eps, center)
+    a_core, s_core, s_gate = core_norm.out, core_norm.out.sigmoid(), gate_norm.out.sigmoid()
+    silu = functional.silu(a_core)
+    u_core, u_gate = core_norm.jacobian(v_core), gate_norm.jacobian(v_gate)
+    p_core, p_gate = u_core * core_norm.weight, u_gate * gate_norm.weight
 
-    u_core = _apply_jacobian(x_core, r_core, v_core, center)
-    u_gate = _apply_jacobian(x_gate, r_gate, v_gate, center)
-    p_core, p_gate = u_core * weight[0], u_gate * weight[1]
-    g_grad = p_core * y_core + p_gate * y_gate
-    mixed = silu1 * gate1
-    k_core = grad * (p_core * silu2 * s_gate + p_gate * mixed)
-    k_gate = grad * (p_core * mixed + p_gate * silu * gate2)
-    g_core, g_gate = grad * y_core, grad * y_gate
+    core_slope = _silu_backward(p_core, a_core)
+    gate_slope = _sigmoid_backward(p_gate, s_gate)
+    g_grad = torch.addcmul(core_slope * s_gate, silu, gate_slope)
+
+    graded, graded_slope = grad * s_gate, grad * gate_slope
+    # silu''(a) = s (1 - s) (2 + a - 2 a s), sigmoid''(a) = s (1 - s) (1 - 2 s)
+    bend = torch.addcmul(a_core + 2, a_core, s_core, value=-2)
+    k_core = _sigmoid_backward(p_core * graded, s_core) * bend + _silu_backward(graded_slope, a_core)
+    turned = graded_slope * silu
+    k_gate = torch.addcmul(turned, turned, s_gate, value=-2) + _sigmoid_backward(grad * core_slope, s_gate)
+    g_core = _silu_backward(graded, a_core)
+    g_gate = _sigmoid_backward(grad * silu, s_gate)
+
+    from_core, core_weight, core_bias = core_norm.backward(k_core, affine=True)
+    from_gate, gate_weight, gate_bias = gate_norm.backward(k_gate, affine=True)
     return (
-        _apply_jacobian(x_core, r_core, k_core * weight[0], center)
-        + _jacobian_derivative(x_core, r_core, g_core * weight[0], v_core, center),
-        _apply_jacobian(x_gate, r_gate, k_gate * weight[1], center)
-        + _jacobian_derivative(x_gate, r_gate, g_gate * weight[1], v_gate, center),
+        from_core + core_norm.jacobian_derivative(g_core * core_norm.weight, v_core),
+        from_gate + gate_norm.jacobian_derivative(g_gate * gate_norm.weight, v_gate),
         g_grad,
-        torch.stack([(k_core * x_core + u_core * g_core).sum(0), (k_gate * x_gate + u_gate * g_gate).sum(0)]),
-        torch.stack([k_core.sum(0), k_gate.sum(0)]),
+        torch.stack([core_weight + (u_core * g_core).sum(0), gate_weight + (u_gate * g_gate).sum(0)]),
+        torch.stack([core_bias, gate_bias]),
     )
 
 
-def _jacobian_derivative(x: Tensor, inverse: Tensor, g: Tensor, v: Tensor, center: bool) -> Tensor:
-    """Gradient of <v, J g> for z: -r^2 (x (m(v g) - 3 m(x g) m(x v)) + m(x v) g + m(x g) v), v and g centred."""
-    if center:
-        g, v = g - _mean(g), v - _mean(v)
-    xg, xv = _mean(x * g), _mean(x * v)
-    return -inverse * inverse * (x * (_mean(v * g) - 3 * xg * xv) + xv * g + xg * v)
+def _silu_backward(grad: Tensor, x: Tensor) -> Tensor:
+    """grad silu'(x)."""
+    if torch.is_grad_enabled():
+        sigmoid = x.sigmoid()
+        return grad * sigmoid * (1 + x * (1 - sigmoid))
+    return torch.ops.aten.silu_backward(grad, x)
+
+
+def _sigmoid_backward(grad: Tensor, sigmoid: Tensor) -> Tensor:
+    """grad sigmoid'(x), given sigmoid(x)."""
+    return torch.ops.aten.sigmoid_backward(grad, sigmoid)

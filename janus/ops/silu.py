@@ -46,8 +46,8 @@ class _SiLUGrad(torch.autograd.Function):
 
 
 def _silu_second(x: Tensor, grad: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
+    # silu''(x) = s (1 - s) (2 + x - 2 x s), s = sigmoid(x)
     sigmoid = x.sigmoid()
-    slope = sigmoid * (1 - sigmoid)
-    first = sigmoid + x * slope
-    second = slope * (2 + x * (1 - 2 * sigmoid))
-    return cotangent * grad * second, cotangent * first
+    bend = torch.addcmul(x + 2, x, sigmoid, value=-2)
+    curvature = torch.ops.aten.sigmoid_backward(cotangent * grad, sigmoid) * bend
+    return curvature, _SiLUGrad.apply(x, cotangent)
