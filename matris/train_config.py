@@ -54,7 +54,7 @@ class DataConfig:
     magmoms_key: str | None = None
     stress_unit: Literal["eV/A^3", "GPa", "kbar-vasp"] = "eV/A^3"
     reference_energies: str | None = None
-    energy_scale: str | float = "rms_forces"
+    energy_scale: float | Literal["rms_forces"] = "rms_forces"
 
     def __post_init__(self) -> None:
         _check_at_least("data.global_batch_size", self.global_batch_size, 1)
@@ -66,8 +66,6 @@ class DataConfig:
             raise ValueError(
                 f"data.valid_fraction is {self.valid_fraction}: it must be at least 0 (no validation) and below 1"
             )
-        if isinstance(self.energy_scale, str) and self.energy_scale != "rms_forces":
-            raise ValueError(f"data.energy_scale is {self.energy_scale!r}: allowed are rms_forces or a number in eV")
         if not isinstance(self.energy_scale, str) and not self.energy_scale > 0.0:
             raise ValueError(f"data.energy_scale is {self.energy_scale} eV: it must be positive")
         names = (None, "fit", "none", "isolated", "base")
