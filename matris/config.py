@@ -87,7 +87,7 @@ class ModelConfig:
         if not 0.0 < self.three_body_cutoff <= self.pairwise_cutoff:
             raise ValueError(
                 f"model.three_body_cutoff is {self.three_body_cutoff} A: it must be positive and at most "
-                f"model.pairwise_cutoff ({self.pairwise_cutoff} A), because angles are formed by edges of the atom graph"
+                f"model.pairwise_cutoff ({self.pairwise_cutoff} A), because edges of the atom graph form the angles"
             )
         if self.angular_basis is AngularBasis.fourier and self.num_angular % 2 == 0:
             raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.transformer.module import MegatronModule
@@ -66,9 +67,7 @@ class MatRIS(MegatronModule):
 
     energy_scale: Tensor
 
-    def __init__(
-        self, config: ModelConfig, *, precision: Precision = Precision.fp32, seed: int | None = None
-    ) -> None:
+    def __init__(self, config: ModelConfig, *, precision: Precision = Precision.fp32, seed: int | None = None) -> None:
         dtype = torch.float64 if precision is Precision.fp64 else torch.float32
         megatron_config = MatRISConfig(
             model=config,
@@ -188,6 +187,7 @@ def _per_volume(virial: Tensor, cell: Tensor) -> Tensor:
 
 
 def _detached(prediction: Prediction) -> Prediction:
-    return Prediction(
-        **{name: None if value is None else value.detach() for name, value in vars(prediction).items()}
-    )
+    values: dict[str, Any] = {
+        name: None if value is None else value.detach() for name, value in vars(prediction).items()
+    }
+    return Prediction(**values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -12,17 +13,19 @@ from torch import Tensor
 from matris.graph.build import Graph
 from matris.graph.structure import Labels
 
+_T = TypeVar("_T", bound="_TensorFields")
+
 
 @dataclass(frozen=True, kw_only=True)
 class _TensorFields:
     """A frozen dataclass whose fields are all tensors."""
 
-    def to(self, device: torch.device | str):
+    def to(self: _T, device: torch.device | str) -> _T:
         """The same batch on another device."""
         moved = {field.name: getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)}
         return type(self)(**moved)
 
-    def pin_memory(self):
+    def pin_memory(self: _T) -> _T:
         """The same batch in page-locked memory."""
         return type(self)(**{field.name: getattr(self, field.name).pin_memory() for field in fields(self)})
 

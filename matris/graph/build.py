@@ -1,4 +1,4 @@
-"""From a structure to its graph: directed edges, undirected edges and the line graph. Pure numpy, no loop over atoms."""
+"""From a structure to its graph: directed and undirected edges, and the line graph. Pure numpy, no loop over atoms."""
 
 from __future__ import annotations
 
