@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -81,10 +82,10 @@ def model_from_reference(config: dict[str, Any], state: dict[str, Tensor], *, or
     for name, parts in reference_names(hyper, has_reference="reference_energy.fc.weight" in state):
         absent = [part for part in parts if part not in state]
         used.update(parts)
-        missing += absent
+        missing += [part for part in absent if part not in missing]
         if absent:
             continue
-        value = _join([state[part] for part in parts], ours[name].shape)
+        value = _join([state[part] for part in parts], name, hyper, ours[name].shape)
         if value is None:
             shapes = {part: tuple(state[part].shape) for part in parts}
             raise ValueError(f"{origin}: weights {shapes} do not fit {name} of shape {tuple(ours[name].shape)}")
@@ -197,19 +198,29 @@ def reference_names(config: ModelConfig, *, has_reference: bool) -> Iterator[tup
 
 def _gated_names(config: ModelConfig, ours: str, theirs: str) -> Iterator[tuple[str, tuple[str, ...]]]:
     halves = ("core", "gate")
+    num_parts = 4 if ours.endswith("line_refinement.message") else 3
+    for part in range(num_parts):
+        yield f"{ours}.inner.{part}.weight", tuple(f"{theirs}.mlp_{half}.layers.0.weight" for half in halves)
+    yield f"{ours}.inner.0.bias", tuple(f"{theirs}.mlp_{half}.layers.0.bias" for half in halves)
     for kind in ("weight", "bias"):
-        yield f"{ours}.inner.{kind}", tuple(f"{theirs}.mlp_{half}.layers.0.{kind}" for half in halves)
         for half in halves:
             yield f"{ours}.{half}.{kind}", (f"{theirs}.mlp_{half}.layers.3.{kind}",)
     for kind in ("weight", "bias") if config.norm_type is NormType.layer else ("weight",):
         yield f"{ours}.norm_{kind}", tuple(f"{theirs}.{half}_norm.{kind}" for half in halves)
 
 
-def _join(parts: list[Tensor], shape: torch.Size) -> Tensor | None:
+def _join(parts: list[Tensor], name: str, config: ModelConfig, shape: torch.Size) -> Tensor | None:
     """The parts stacked along the first axis, in our shape; None if they do not fit."""
     if len(shape) == 2 and parts[0].dim() == 1:
         parts = [part[None] for part in parts]
     value = torch.cat(parts)
     if len(shape) == 1 and value.dim() == 2 and value.shape[0] == 1:
         value = value[0]
+    inner = re.fullmatch(r".*\.inner\.(\d)\.weight", name)
+    if inner:
+        # The reference multiplies concatenated features: each of our layers is a block of its columns.
+        num_parts = 4 if "line_refinement" in name else 3
+        if value.shape[1] != num_parts * config.hidden_size:
+            return None
+        value = value.chunk(num_parts, dim=1)[int(inner[1])]
     return value if value.shape == shape else None

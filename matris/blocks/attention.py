@@ -44,23 +44,24 @@ class SeparableAttention(MegatronModule):
         inner = inner + self.message.project(2, nodes).index_select(0, graph.source)
         message = self.message.finish(inner)
         target_logits, source_logits = graph.spread(self.logits(edges)).split(self.width, dim=1)
-        to_target = self._aggregate(target_logits, message, graph.envelope, graph.target, len(nodes))
-        to_source = self._aggregate(source_logits, message, graph.envelope, graph.source, len(nodes))
+        value = graph.envelope * message if self.smooth else message
+        to_target = self._aggregate(target_logits, value, graph.envelope, graph.target, len(nodes))
+        to_source = self._aggregate(source_logits, value, graph.envelope, graph.source, len(nodes))
         update = self.update.project(0, nodes) + self.update.project(1, to_target) + self.update.project(2, to_source)
         return (
             self.update.finish(update) + self.node_residual * nodes,
             graph.average(message) + self.edge_residual * edges,
         )
 
-    def _aggregate(self, logits: Tensor, message: Tensor, envelope: Tensor, node: Tensor, num_nodes: int) -> Tensor:
+    def _aggregate(self, logits: Tensor, value: Tensor, envelope: Tensor, node: Tensor, num_nodes: int) -> Tensor:
         """Softmax-weighted messages of each node's edges, (num_nodes, width)."""
         if self.smooth:
-            terms = attention_terms(logits, message, envelope, cap=_LOGIT_CAP)
-            weight, value = segment_sum(terms, node, num_nodes).split(self.width, dim=1)
-            return value / (weight + _DELTA)
+            terms = attention_terms(logits, value, envelope, cap=_LOGIT_CAP)
+            weight_sum, value_sum = segment_sum(terms, node, num_nodes).split(self.width, dim=1)
+            return value_sum / (weight_sum + _DELTA)
         # Released weights: no envelope and no bound, so the largest logit of each node is taken off. It cancels, hence
         # carries no gradient.
         logits = logits - segment_max(logits, node, num_nodes).index_select(0, node)
-        terms = attention_terms(logits, message, torch.ones_like(envelope), cap=None)
-        weight, value = segment_sum(terms, node, num_nodes).split(self.width, dim=1)
-        return value / (weight + (weight == 0))
+        terms = attention_terms(logits, value, None, cap=None)
+        weight_sum, value_sum = segment_sum(terms, node, num_nodes).split(self.width, dim=1)
+        return value_sum / (weight_sum + (weight_sum == 0))

@@ -84,11 +84,11 @@ class Norm(MegatronModule):
 
 
 class GatedMLP(MegatronModule):
-    """SiLU(norm(core(x)))* sigmoid(norm(gate(x)))of a concatenation x of features that is never formed.
+    """SiLU(norm(core(x))) * sigmoid(norm(gate(x))) of a concatenation x of features that is never formed.
 
     A linear layer of concatenated features is the sum of linear layers of the parts, so a part that belongs to nodes is
-    multiplied once per node and gathered afterwards, and core and gate share each product. Weights of the two halves
-    are stacked, core first.
+    multiplied once per node and gathered afterwards, and core and gate share each product: the output of each inner
+    layer is the core's half, then the gate's.
 
     Args:
         num_parts: how many features of width `hidden_size` are concatenated.
@@ -99,7 +99,11 @@ class GatedMLP(MegatronModule):
         width = config.model.hidden_size
         norm_type = config.model.norm_type
         self.width = width
-        self.inner = Linear(config, num_parts * width, 2 * width, bias=True)
+        self.inner = nn.ModuleList(Linear(config, width, 2 * width, bias=part == 0) for part in range(num_parts))
+        for layer in self.inner:
+            # torch's default for the one layer that these are together.
+            for parameter in layer.parameters():
+                nn.init.uniform_(parameter, -((num_parts * width) ** -0.5), (num_parts * width) ** -0.5)
         self.core = Linear(config, width, width, bias=True)
         self.gate = Linear(config, width, width, bias=True)
         self.center = norm_type is NormType.layer
@@ -109,8 +113,7 @@ class GatedMLP(MegatronModule):
 
     def project(self, part: int, x: Tensor) -> Tensor:
         """What part number `part` adds to the inner layer: (N, width) to (N, 2 width). Part 0 brings the bias."""
-        weight = self.inner.weight[:, part * self.width : (part + 1) * self.width]
-        return linear(x, weight, self.inner.bias if part == 0 else None, dtype=self.config.matmul_dtype)
+        return self.inner[part](x)
 
     def finish(self, inner: Tensor) -> Tensor:
         """From the summed projections (N, 2 width) to the output (N, width)."""

@@ -1,5 +1,7 @@
 """What any potential must satisfy, in fp64 and with random weights."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -103,39 +105,41 @@ def test_energy_does_not_depend_on_batch_mates(model):
         atoms += len(item)
 
 
-def central_difference(model: MatRIS, plus: Atoms, minus: Atoms, step: float) -> float:
-    energies = predict(model, plus, minus).interaction_energy
-    return float((energies[0] - energies[1]) / (2 * step))
+def slope(model: MatRIS, displaced: Callable[[float], Atoms], step: float) -> float:
+    """dE/dx of the energy of `displaced(x)` at zero, by the fourth-order central difference."""
+    energies = predict(model, *(displaced(k * step) for k in (-2, -1, 1, 2))).interaction_energy
+    return float((energies[0] - 8 * energies[1] + 8 * energies[2] - energies[3]) / (12 * step))
 
 
 @pytest.mark.parametrize("atoms", [crystal(), molecule("C2H6")], ids=["crystal", "molecule"])
 def test_forces_are_the_slope_of_the_energy(model, atoms):
     forces = predict(model, atoms).forces.numpy()
-    step = 1e-4
     for atom, axis in ((0, 0), (1, 1), (2, 2)):
-        plus, minus = atoms.copy(), atoms.copy()
-        plus.positions[atom, axis] += step
-        minus.positions[atom, axis] -= step
-        slope = -central_difference(model, plus, minus, step)
-        assert abs(slope - forces[atom, axis]) <= 1e-7 * np.abs(forces).max()
+
+        def displaced(x: float, atom: int = atom, axis: int = axis) -> Atoms:
+            image = atoms.copy()
+            image.positions[atom, axis] += x
+            return image
+
+        assert abs(-slope(model, displaced, 3e-4) - forces[atom, axis]) <= 1e-7 * np.abs(forces).max()
 
 
 def test_stress_is_the_slope_of_the_energy(model):
     atoms = rattled(bulk("NaCl", "rocksalt", a=5.2), 0.1)
     stress = predict(model, atoms).stress[0].numpy()
     assert np.allclose(stress, stress.T, atol=1e-15)
-    step = 1e-5
     for row, column in ((0, 0), (1, 1), (2, 2), (0, 1), (1, 2), (0, 2)):
-        strain = np.zeros((3, 3))
-        strain[row, column] += step / 2
-        strain[column, row] += step / 2
-        strained = []
-        for sign in (1, -1):
+
+        def strained(x: float, row: int = row, column: int = column) -> Atoms:
+            strain = np.zeros((3, 3))
+            strain[row, column] += x / 2
+            strain[column, row] += x / 2
             image = atoms.copy()
-            image.set_cell(atoms.cell.array @ (np.eye(3) + sign * strain), scale_atoms=True)
-            strained.append(image)
-        slope = central_difference(model, *strained, step) / atoms.cell.volume
-        assert abs(slope - stress[row, column]) <= 1e-7 * np.abs(stress).max()
+            image.set_cell(atoms.cell.array @ (np.eye(3) + strain), scale_atoms=True)
+            return image
+
+        value = slope(model, strained, 1e-4) / atoms.cell.volume
+        assert abs(value - stress[row, column]) <= 1e-7 * np.abs(stress).max()
 
 
 def test_isolated_atoms_have_an_energy_and_no_force(model):

@@ -28,8 +28,9 @@ def plain_gated_norm(core, gate, weight, bias, eps, center):
 
 
 def plain_attention_terms(logits, message, envelope, cap):
-    weight = envelope * (logits if cap is None else cap * (logits / cap).tanh()).exp()
-    return torch.cat([weight, envelope * weight * message], dim=1)
+    weight = (logits if cap is None else cap * (logits / cap).tanh()).exp()
+    weight = weight if envelope is None else envelope * weight
+    return torch.cat([weight, weight * message], dim=1)
 
 
 def gated_case(center, bias):
@@ -41,8 +42,8 @@ def gated_case(center, bias):
     )
 
 
-def attention_case(cap):
-    inputs = [rand(5, 3, seed=1), rand(5, 3, seed=2), rand(5, 1, seed=3)]
+def attention_case(cap, enveloped):
+    inputs = [rand(5, 3, seed=1), rand(5, 3, seed=2), rand(5, 1, seed=3) if enveloped else None]
     return lambda *t: attention_terms(*t, cap=cap), lambda *t: plain_attention_terms(*t, cap), inputs
 
 
@@ -51,8 +52,10 @@ CASES = {
     "gated layer norm": gated_case(True, True),
     "gated rms norm": gated_case(False, False),
     "gated rms norm with bias": gated_case(False, True),
-    "attention": attention_case(None),
-    "attention, capped": attention_case(3.0),
+    "attention": attention_case(None, False),
+    "attention, capped": attention_case(3.0, False),
+    "attention, enveloped": attention_case(None, True),
+    "attention, capped and enveloped": attention_case(3.0, True),
 }
 
 
@@ -111,9 +114,7 @@ def test_force_pass_computes_no_affine_gradient(monkeypatch):
 
 
 def test_no_rows():
-    out = gated_norm(
-        torch.empty(0, 4), torch.empty(0, 4), torch.ones(2, 4), torch.zeros(2, 4), eps=1e-5, center=True
-    )
+    out = gated_norm(torch.empty(0, 4), torch.empty(0, 4), torch.ones(2, 4), torch.zeros(2, 4), eps=1e-5, center=True)
     assert out.shape == (0, 4)
     assert map_rows(lambda x: (x * 2,), (torch.empty(0, 3),))[0].shape == (0, 3)
     assert attention_terms(torch.empty(0, 3), torch.empty(0, 3), torch.empty(0, 1), cap=None).shape == (0, 6)
