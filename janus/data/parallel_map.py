@@ -8,6 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from itertools import chain, islice
 from multiprocessing.connection import wait
 from typing import TypeVar
 
@@ -29,7 +30,10 @@ def map_in_order(
     Raises:
         Whatever `function` raises, at that item's place.
     """
-    if num_workers <= 1:
+    items = iter(items)
+    first = list(islice(items, 2))
+    items = chain(first, items)
+    if num_workers <= 1 or len(first) < 2:  # starting processes takes a second or two
         yield from map(function, items)
         return
     # Not forked: locks, threads and open files of this process stay its own.

@@ -146,8 +146,13 @@ class StoreReader:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self._file: h5py.File | None = None
+        self._datasets: dict[str, h5py.Dataset] = {}  # looking one up by name takes longer than a read
         self._owner = 0
-        with self._reading() as file:
+        self.fields: tuple[Field, ...]
+        self.attributes: dict[str, Any]
+        self._num_records: int
+        with self._reading():
+            file = self._open_file()
             if file.attrs.get("format") != FORMAT:
                 raise ValueError(f"{self.path}: an HDF5 file, but not a store of this project")
             if not file.attrs.get("complete", False):
@@ -158,9 +163,9 @@ class StoreReader:
             self.fields = tuple(
                 Field(**{**field, "shape": tuple(field["shape"])}) for field in json.loads(file.attrs["fields"])
             )
-            self.attributes: dict[str, Any] = json.loads(file.attrs["attributes"])
+            self.attributes = json.loads(file.attrs["attributes"])
             self._num_records = int(file.attrs["num_records"])
-            self._check_lengths(file)
+            self._check_lengths()
 
     def __len__(self) -> int:
         return self._num_records
@@ -190,26 +195,26 @@ class StoreReader:
 
     def column(self, name: str) -> np.ndarray:
         """All entries of a field that has one per record."""
-        with self._reading() as file:
-            return file[f"fields/{name}"][:]
+        with self._reading():
+            return self._dataset(f"fields/{name}")[:]
 
     def mask(self, name: str) -> np.ndarray:
         """Which records have an optional field, (num_records,) bool."""
-        with self._reading() as file:
-            return file[f"masks/{name}"][:].astype(bool)
+        with self._reading():
+            return self._dataset(f"masks/{name}")[:].astype(bool)
 
     def columns(self, start: int, stop: int) -> _Columns:
         """Records start..stop-1, field by field."""
         if not 0 <= start < stop <= self._num_records:
             raise IndexError(f"records {start}..{stop - 1} of {self.path}, which has {self._num_records}")
-        with self._reading() as file:
-            bounds = {axis: file[f"offsets/{axis}"][start : stop + 1] for axis in _axes(self.fields)}
+        with self._reading():
+            bounds = {axis: self._dataset(f"offsets/{axis}")[start : stop + 1] for axis in _axes(self.fields)}
             values, masks = {}, {}
             for field in self.fields:
                 first, last = (start, stop) if field.axis is None else bounds[field.axis][[0, -1]]
-                values[field.name] = file[f"fields/{field.name}"][first:last]
+                values[field.name] = self._dataset(f"fields/{field.name}")[first:last]
                 if field.optional:
-                    masks[field.name] = file[f"masks/{field.name}"][start:stop]
+                    masks[field.name] = self._dataset(f"masks/{field.name}")[start:stop]
             counts = {axis: np.diff(bound) for axis, bound in bounds.items()}
             return _Columns(num_records=stop - start, values=values, masks=masks, counts=counts)
 
@@ -219,30 +224,40 @@ class StoreReader:
             self.columns(start, min(start + COPY_RECORDS, len(self)))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_file": None, "_owner": 0}
+        return {**self.__dict__, "_file": None, "_datasets": {}, "_owner": 0}
 
-    def _check_lengths(self, file: h5py.File) -> None:
+    def _dataset(self, name: str) -> h5py.Dataset:
+        file = self._open_file()
+        if name not in self._datasets:
+            self._datasets[name] = file[name]
+        return self._datasets[name]
+
+    def _open_file(self) -> h5py.File:
+        if self._file is None or self._owner != os.getpid():  # a handle must not be shared after a fork
+            # Stores never change once in place, so no lock; many file systems of clusters have none.
+            self._file, self._datasets = h5py.File(self.path, "r", locking=False), {}
+            self._owner = os.getpid()
+        return self._file
+
+    def _check_lengths(self) -> None:
         rows: dict[str | None, int] = {None: self._num_records}
         for axis in _axes(self.fields):
-            offsets = file[f"offsets/{axis}"]
+            offsets = self._dataset(f"offsets/{axis}")
             if len(offsets) != self._num_records + 1:
                 raise ValueError(f"{self.path}: damaged store (offsets/{axis} has {len(offsets)} entries)")
             rows[axis] = int(offsets[-1])
         for field in self.fields:
-            length = len(file[f"fields/{field.name}"])
+            length = len(self._dataset(f"fields/{field.name}"))
             if length != rows[field.axis]:
                 raise ValueError(
                     f"{self.path}: damaged store ({field.name} has {length} rows, expected {rows[field.axis]})"
                 )
 
     @contextmanager
-    def _reading(self) -> Iterator[h5py.File]:
+    def _reading(self) -> Iterator[None]:
+        """Errors of HDF5 as ours."""
         try:
-            if self._file is None or self._owner != os.getpid():  # a handle must not be shared after a fork
-                # Stores never change once in place, so no lock; many file systems of clusters have none.
-                self._file = h5py.File(self.path, "r", locking=False)
-                self._owner = os.getpid()
-            yield self._file
+            yield
         except FileNotFoundError:
             raise
         except (OSError, KeyError, json.JSONDecodeError) as error:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 
-from matris.cli.label_options import add_label_options, label_keys
+from matris.cli.label_options import HelpFormatter, add_label_options, label_keys, num_available_cores
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -17,7 +16,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Which labels were found where, counts, elements, ranges, shortest distances, duplicates, "
         "constraint-zeroed forces, whether forces and stress fit the energies (unit and sign), sizes of the graphs and "
         "budgets for them. Exit status 1 on a fatal finding.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("paths", nargs="+", metavar="PATH", help="stores (.h5) or any files that `prepare` reads")
     add_label_options(parser)
@@ -26,7 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--three_body_cutoff", type=float, default=4.5, help="of the counts of angles, Angstrom")
     parser.add_argument("--output", metavar="DIR", help="write pictures (PNG) into this folder")
     parser.add_argument("--json", metavar="FILE", help="write the diagnosis as JSON")
-    parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument("--num_workers", type=int, default=num_available_cores(), help="processes")
     return parser
 
 

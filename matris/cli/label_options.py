@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from matris.data.labels import LabelKeys
 
 STRESS_UNITS = ("eV/A^3", "GPa", "kbar-vasp")
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to each help text, where there is one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def num_available_cores() -> int:
+    """Cores that this process may use, which a batch system may have limited."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def add_label_options(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +36,7 @@ def add_label_options(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             f"--{name}_key",
             metavar="KEY",
-            help=f"key of the {meaning} [default: REF_{name}, then {name}, then the calculator's result]",
+            help=f"key of the {meaning} (default: REF_{name}, then {name}, then the calculator's result)",
         )
     parser.add_argument(
         "--stress_unit",

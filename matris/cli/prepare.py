@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 
-from matris.cli.label_options import add_label_options, label_keys
+from matris.cli.label_options import HelpFormatter, add_label_options, label_keys, num_available_cores
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -15,7 +14,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="janus-matris prepare",
         description="Structures and labels into one HDF5 store, which training reads at random. A killed run goes on "
         "where it was when started again with the same inputs and options.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument(
         "inputs",
@@ -24,17 +23,17 @@ def build_parser() -> argparse.ArgumentParser:
         help="extended XYZ (.xyz .extxyz, also .gz .xz .bz2), ASE db (.db), a folder or file of .aselmdb, "
         "stores (.h5), or anything else that ASE reads",
     )
-    parser.add_argument("--output", required=True, metavar="STORE.h5", help="the store to write")
+    parser.add_argument("--output", required=True, metavar="STORE.h5", help="the store to write; its folder is made")
     add_label_options(parser)
     parser.add_argument(
         "--labels",
         default="energy,forces",
         help="fail unless each of these is in at least one frame: energy, forces, stress, magmoms",
     )
-    parser.add_argument("--task", help="name of the level of theory [default: that of an input store, or 'default']")
+    parser.add_argument("--task", help="name of the level of theory (default: that of an input store, else `default`)")
     parser.add_argument("--pairwise_cutoff", type=float, default=6.0, help="of the counts of edges, Angstrom")
     parser.add_argument("--three_body_cutoff", type=float, default=4.5, help="of the counts of angles, Angstrom")
-    parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument("--num_workers", type=int, default=num_available_cores(), help="processes")
     return parser
 
 

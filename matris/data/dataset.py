@@ -18,7 +18,7 @@ from torch import Tensor
 from janus.data.packing import Budget
 from janus.data.parallel_map import map_in_order
 from janus.data.store import COPY_RECORDS, StoreReader
-from matris.data.frames import FileKind, expand_path, file_kind
+from matris.data.frames import FileKind, expand_path, file_kind, refuse_idle_keys
 from matris.data.labels import LabelKeys
 from matris.data.prepare import PrepareOptions, PrepareReport, check_wanted, prepare
 from matris.data.records import LABEL_NAMES, Sample, from_record
@@ -62,8 +62,8 @@ class StructureDataset:
         self.stores = tuple(stores)
         self._ends = np.cumsum([len(store) for store in stores])
         self._all_sizes = sizes
-        self._records = np.arange(len(sizes)) if records is None else records
-        chosen = self._records
+        self._records = records
+        chosen = slice(None) if records is None else records
         self.sizes = sizes[chosen]
         self.label_presence = LabelPresence(
             **{name: np.concatenate([store.mask(name) for store in stores])[chosen] for name in LABEL_NAMES}
@@ -75,7 +75,7 @@ class StructureDataset:
         self.report = PrepareReport.join(PrepareReport.of_store(store) for store in stores)
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self.sizes)
 
     def __getitem__(self, index: int) -> Sample:
         store, record = self._locate(index)
@@ -87,7 +87,8 @@ class StructureDataset:
 
     def subset(self, indices: np.ndarray) -> StructureDataset:
         """The records `indices`, in that order. Task names stay those of the whole."""
-        return StructureDataset(self.stores, self._all_sizes, records=self._records[indices])
+        records = indices if self._records is None else self._records[indices]
+        return StructureDataset(self.stores, self._all_sizes, records=records)
 
     def split(self, fraction: float, seed: int) -> tuple[StructureDataset, StructureDataset]:
         """The rest, and a random `fraction` of the records (at least one), each in the order of the files.
@@ -113,7 +114,7 @@ class StructureDataset:
         return np.array(energies, dtype=np.float64), np.array(counts).reshape(-1, 95)
 
     def _locate(self, index: int) -> tuple[StoreReader, int]:
-        record = int(self._records[index])
+        record = index if self._records is None else int(self._records[index])
         which = int(np.searchsorted(self._ends, record, side="right"))
         return self.stores[which], record - (int(self._ends[which - 1]) if which else 0)
 
@@ -147,6 +148,7 @@ def open_dataset(
         raise ValueError("no data files given")
     cache = Path(cache_dir) if cache_dir is not None else Path.home() / ".cache" / "janus-matris"
     keys = keys or LabelKeys()
+    refuse_idle_keys([file for path in paths for file in expand_path(str(path))], keys)
     # Labels are looked for in all paths together, so none is wanted of a single file.
     options = PrepareOptions(keys=keys, wanted=(), pairwise_cutoff=pairwise_cutoff, three_body_cutoff=three_body_cutoff)
     stores, sizes = [], []

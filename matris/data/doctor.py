@@ -27,7 +27,7 @@ from matris.data.consistency import (
     pressure_slopes,
 )
 from matris.data.dataset import StructureDataset, open_dataset
-from matris.data.frames import FileKind, expand_path, file_kind
+from matris.data.frames import FileKind, expand_path, file_kind, refuse_idle_keys
 from matris.data.prepare import PrepareOptions, PrepareReport, check_wanted, prepare
 from matris.data.records import Sample
 from matris.elements import SYMBOLS
@@ -130,6 +130,7 @@ def examine(
     Raises:
         ValueError: a path that cannot be read at all.
     """
+    refuse_idle_keys([file for path in paths for file in expand_path(path)], options.keys)
     with tempfile.TemporaryDirectory(prefix="janus-matris-doctor-") as folder:
         stores, reports = [], []
         for number, path in enumerate(paths):

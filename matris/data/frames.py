@@ -13,10 +13,11 @@ import json
 import lzma
 import os
 import re
+import sqlite3
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -89,6 +90,20 @@ def expand_path(path: str) -> list[str]:
     return files
 
 
+def refuse_idle_keys(files: Sequence[str], keys: LabelKeys) -> None:
+    """Stores hold labels that were found before, so keys act on none of them.
+
+    Raises:
+        ValueError: keys or a stress unit are given, and all files are stores.
+    """
+    if keys != LabelKeys() and all(file_kind(file) is FileKind.store for file in files):
+        given = ", ".join(f"{name}={value}" for name, value in asdict(keys).items() if value is not None)
+        raise ValueError(
+            f"label keys have no effect on stores ({given}; {', '.join(files[:3])}): leave them out, or prepare the "
+            "original files with them"
+        )
+
+
 def file_kind(path: str) -> FileKind:
     """By the name alone."""
     name = Path(path).name.lower()
@@ -157,7 +172,17 @@ def read_block(block: FrameBlock, keys: LabelKeys, task: str | None) -> Iterator
 
 
 # What parsers raise for text that is not what it should be.
-_UNREADABLE = (ValueError, KeyError, IndexError, TypeError, AttributeError, OSError, zlib.error, AssertionError)
+_UNREADABLE = (
+    ValueError,
+    KeyError,
+    IndexError,
+    TypeError,
+    AttributeError,
+    OSError,
+    AssertionError,
+    zlib.error,
+    sqlite3.DatabaseError,
+)
 
 
 def _reason(error: BaseException) -> str:
@@ -233,10 +258,13 @@ def _split_ase_db(path: str) -> Iterator[tuple[int, int]]:
     import ase.db
 
     size = os.path.getsize(path)
-    with ase.db.connect(path) as database:
-        count = len(database)
-        for number, row in enumerate(database.select(columns=["id"], include_data=False)):
-            yield row.id, size * (number + 1) // count
+    try:
+        with ase.db.connect(path) as database:
+            count = len(database)
+            for number, row in enumerate(database.select(columns=["id"], include_data=False)):
+                yield row.id, size * (number + 1) // count
+    except sqlite3.DatabaseError as error:
+        raise ValueError(f"{path}: not a readable ASE database ({error})") from error
 
 
 def _parse_ase_db(block: FrameBlock) -> Iterator[Atoms | Exception]:
@@ -244,7 +272,10 @@ def _parse_ase_db(block: FrameBlock) -> Iterator[Atoms | Exception]:
 
     with ase.db.connect(block.path) as database:
         for row_id in block.frames:
-            yield _row_to_atoms(database.get(id=row_id))
+            try:
+                yield _row_to_atoms(database.get(id=row_id))
+            except _UNREADABLE as error:
+                yield error
 
 
 def _open_lmdb(path: str) -> Any:

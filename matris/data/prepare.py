@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from janus.data.parallel_map import map_in_order
 from janus.data.store import StoreReader, StoreWriter
-from matris.data.frames import FrameBlock, expand_path, iter_blocks, read_block
+from matris.data.frames import FrameBlock, expand_path, iter_blocks, read_block, refuse_idle_keys
 from matris.data.labels import SEARCH_ORDER, LabelKeys
 from matris.data.records import FIELDS, LABEL_NAMES, to_record
 from matris.graph.build import count_graph
@@ -129,6 +129,7 @@ def prepare(
     files = [file for path in paths for file in expand_path(path)]
     if not files:
         raise ValueError("no input files")
+    refuse_idle_keys(files, options.keys)
     fingerprint = _fingerprint(files, options, strict)
     output.parent.mkdir(parents=True, exist_ok=True)
     if not output.exists():
@@ -271,7 +272,7 @@ def _attributes(options: PrepareOptions, fingerprint: str, report: PrepareReport
 
 def _fingerprint(files: list[str], options: PrepareOptions, strict: bool) -> str:
     """Of inputs (path, size, time of change) and options."""
-    stats = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
+    stats = [(os.path.realpath(file), os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
     return hashlib.sha256(json.dumps([stats, asdict(options), strict]).encode()).hexdigest()
 
 

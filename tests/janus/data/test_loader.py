@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -105,3 +108,22 @@ def test_errors_of_records_surface(num_workers):
 def test_rank_out_of_range():
     with pytest.raises(ValueError, match="rank 2 of 2"):
         make_loader(rank=2, world_size=2)
+
+
+def test_workers_ignore_the_stop_signals_of_schedulers_but_not_of_their_parent():
+    """Slurm sends SIGTERM to every process; Python itself ends workers with it at its exit, and waits for them."""
+    code = """
+import os, signal, multiprocessing
+from tests.janus.data.test_loader import make_loader
+batches = iter(make_loader(num_workers=1, num_steps=30))
+next(batches)
+(worker,) = multiprocessing.active_children()
+for number in ("TERM", "USR1"):
+    os.system(f"kill -{number} {worker.pid}")
+print(sum(1 for _ in zip(range(20), batches)), worker.is_alive(), flush=True)
+keep = batches  # alive at the exit, as after an error
+raise RuntimeError
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert run.stdout.split() == ["20", "True"]
+    assert run.returncode == 1

@@ -9,10 +9,18 @@ import pytest
 from janus.data.parallel_map import map_in_order
 
 
+def own_pid(_: int) -> int:
+    return os.getpid()
+
+
 def double(number: int) -> int:
     if number == 13:
         raise ValueError("13 is not liked")
     return 2 * number
+
+
+def test_a_single_item_needs_no_process():
+    assert list(map_in_order(own_pid, [0], num_workers=2)) == [os.getpid()]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

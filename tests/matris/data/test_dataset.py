@@ -172,6 +172,13 @@ def test_mistakes(demo, tmp_path):
         open_dataset([str(demo.train)], **CUTOFFS, cache_dir=tmp_path, keys=LabelKeys(stress="nothing"))
 
 
+def test_keys_that_would_do_nothing_are_refused(demo, tmp_path):
+    store = tmp_path / "a.h5"
+    prepare([str(demo.valid)], store, PrepareOptions())
+    with pytest.raises(ValueError, match=r"no effect on stores \(energy=dft"):
+        open_dataset([str(store)], **CUTOFFS, cache_dir=tmp_path, keys=LabelKeys(energy="dft"))
+
+
 def test_corrupt_store_is_refused(demo, tmp_path):
     store = tmp_path / "a.h5"
     prepare([str(demo.train)], store, PrepareOptions())

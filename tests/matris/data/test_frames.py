@@ -181,6 +181,8 @@ def test_bad_frames_are_named(tmp_path, frame, message):
         ("a.xyz.xz", lzma.compress(GOOD.encode() * 999)[:-40], "frame .*end-of-stream"),
         ("a.unknown", b"\x00\x01", "does not know this file format"),
         ("a.h5", b"hello", "corrupt or truncated"),
+        ("a.db", b"hello" * 999, "not a readable ASE database"),
+        ("a.aselmdb", b"hello" * 999, "not a readable LMDB file"),
     ],
 )
 def test_bad_files_are_named(tmp_path, name, content, message):
