@@ -17,7 +17,7 @@ Result = TypeVar("Result")
 
 
 def map_in_order(
-    function: Callable[[Item], Result], items: Iterable[Item], *, num_workers: int, in_flight_per_worker: int = 4
+    function: Callable[[Item], Result], items: Iterable[Item], *, num_workers: int, in_flight_per_worker: int = 2
 ) -> Iterator[Result]:
     """Results of `function` over `items`, in their order.
 

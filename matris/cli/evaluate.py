@@ -48,6 +48,7 @@ def main(arguments: list[str]) -> int:
     from janus.comm.collectives import ElsewhereError, on_main_rank
     from janus.mesh import open_mesh
     from matris.data.dataset import StructureDataset, graph_budget, open_dataset
+    from matris.data.frames import refuse_idle_keys
     from matris.evaluation import Portions, evaluate_dataset
     from matris.exported import load_model
     from matris.metrics import metrics_line
@@ -60,6 +61,8 @@ def main(arguments: list[str]) -> int:
     with open_mesh(options.device) as mesh:
         precision = set_precision(options.precision, mesh.device)
         model = load_model(options.model, precision=precision).to(mesh.device)
+
+        refuse_idle_keys(options.data, label_keys(options))
 
         def open_data() -> StructureDataset:
             return open_dataset(

@@ -18,7 +18,7 @@ from torch import Tensor
 from janus.data.packing import Budget
 from janus.data.parallel_map import map_in_order
 from janus.data.store import COPY_RECORDS, StoreReader
-from matris.data.frames import FileKind, expand_path, file_kind, refuse_idle_keys
+from matris.data.frames import FileKind, expand_path, file_kind
 from matris.data.labels import LabelKeys
 from matris.data.prepare import PrepareOptions, PrepareReport, check_wanted, prepare
 from matris.data.records import LABEL_NAMES, Sample, from_record
@@ -104,15 +104,6 @@ class StructureDataset:
         order = np.random.default_rng(seed).permutation(len(self))
         return self.subset(np.sort(order[count:])), self.subset(np.sort(order[:count]))
 
-    def compositions(self) -> tuple[np.ndarray, np.ndarray]:
-        """Total energies (m,) eV and counts of elements (m, 95) of the records with energy, to fit references."""
-        energies, counts = [], []
-        for index in np.nonzero(self.label_presence.energy)[0]:
-            sample = self[int(index)]
-            energies.append(sample.labels.energy)
-            counts.append(np.bincount(sample.structure.numbers, minlength=95))
-        return np.array(energies, dtype=np.float64), np.array(counts).reshape(-1, 95)
-
     def _locate(self, index: int) -> tuple[StoreReader, int]:
         record = index if self._records is None else int(self._records[index])
         which = int(np.searchsorted(self._ends, record, side="right"))
@@ -135,7 +126,8 @@ def open_dataset(
     Args:
         paths: stores (.h5) or any files that `janus-matris prepare` takes.
         pairwise_cutoff, three_body_cutoff: of the model, Angstrom; stores counted with others are recounted once.
-        keys: where the labels of other files are.
+        keys: where the labels of other files are; a caller who takes them from a user checks with `refuse_idle_keys`
+            that they are not idle.
         wanted: labels that must be in at least one record of all paths together.
         cache_dir: `~/.cache/janus-matris` by default; entries are named by path, size and time of change of the
             file and by the options, so they never go stale.
@@ -148,7 +140,6 @@ def open_dataset(
         raise ValueError("no data files given")
     cache = Path(cache_dir) if cache_dir is not None else Path.home() / ".cache" / "janus-matris"
     keys = keys or LabelKeys()
-    refuse_idle_keys([file for path in paths for file in expand_path(str(path))], keys)
     # Labels are looked for in all paths together, so none is wanted of a single file.
     options = PrepareOptions(keys=keys, wanted=(), pairwise_cutoff=pairwise_cutoff, three_body_cutoff=three_body_cutoff)
     stores, sizes = [], []

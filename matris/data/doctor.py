@@ -130,7 +130,7 @@ def examine(
     Raises:
         ValueError: a path that cannot be read at all.
     """
-    refuse_idle_keys([file for path in paths for file in expand_path(path)], options.keys)
+    refuse_idle_keys(paths, options.keys)
     with tempfile.TemporaryDirectory(prefix="janus-matris-doctor-") as folder:
         stores, reports = [], []
         for number, path in enumerate(paths):

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from ase import Atoms
 
 OPENERS: dict[str, Callable[[IO[bytes]], Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+BLOCK_BYTES = 8 * 1024**2  # of text, or about as much of `ase.Atoms`, beyond which a block ends
 LMDB_RESERVED = (b"nextid", b"metadata", b"deleted_ids")
 
 
@@ -90,12 +91,13 @@ def expand_path(path: str) -> list[str]:
     return files
 
 
-def refuse_idle_keys(files: Sequence[str], keys: LabelKeys) -> None:
+def refuse_idle_keys(paths: Sequence[str], keys: LabelKeys) -> None:
     """Stores hold labels that were found before, so keys act on none of them.
 
     Raises:
-        ValueError: keys or a stress unit are given, and all files are stores.
+        ValueError: keys or a stress unit are given, and all files of all paths are stores.
     """
+    files = [file for path in paths for file in expand_path(path)]
     if keys != LabelKeys() and all(file_kind(file) is FileKind.store for file in files):
         given = ", ".join(f"{name}={value}" for name, value in asdict(keys).items() if value is not None)
         raise ValueError(
@@ -121,7 +123,7 @@ def file_kind(path: str) -> FileKind:
 
 
 def block_size(number: int) -> int:
-    """Frames in block `number` of a run: small at first, so that a small set still keeps all processes busy, up to
+    """Most frames in block `number` of a run: few at first, so that a small set still keeps all processes busy, up to
     4096, so that a large one does not become a million blocks."""
     return min(32 << (number // 64), 4096)
 
@@ -136,16 +138,24 @@ def iter_blocks(paths: list[str]) -> Iterator[FrameBlock]:
     for path in paths:
         kind = file_kind(path)
         frames: list[Any] = []
-        first, position = 0, 0
+        first, position, held = 0, 0, 0
         for frame, progress in _SPLITTERS[kind](path):
             frames.append(frame)
-            if len(frames) == block_size(number):
+            held += _num_bytes(frame)
+            if len(frames) == block_size(number) or held >= BLOCK_BYTES:
                 yield FrameBlock(path=path, kind=kind, first=first, frames=tuple(frames), num_bytes=progress - position)
-                number, first, position, frames = number + 1, first + len(frames), progress, []
+                number, first, position, held, frames = number + 1, first + len(frames), progress, 0, []
         if frames:
             rest = os.path.getsize(path) - position
             yield FrameBlock(path=path, kind=kind, first=first, frames=tuple(frames), num_bytes=rest)
             number += 1
+
+
+def _num_bytes(frame: Any) -> int:
+    """Roughly what a frame of a block holds in memory; row numbers hold nothing to speak of."""
+    if isinstance(frame, str):
+        return len(frame)
+    return 0 if isinstance(frame, int | bytes) else 200 * len(frame)
 
 
 def read_block(block: FrameBlock, keys: LabelKeys, task: str | None) -> Iterator[Frame | ValueError]:

@@ -129,7 +129,7 @@ def prepare(
     files = [file for path in paths for file in expand_path(path)]
     if not files:
         raise ValueError("no input files")
-    refuse_idle_keys(files, options.keys)
+    refuse_idle_keys(paths, options.keys)
     fingerprint = _fingerprint(files, options, strict)
     output.parent.mkdir(parents=True, exist_ok=True)
     if not output.exists():

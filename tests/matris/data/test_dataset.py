@@ -11,6 +11,7 @@ from janus.data.loader import StepLoader
 from janus.data.sampler import GlobalBatchSampler
 from matris.data.dataset import Collate, graph_budget, label_totals, open_dataset
 from matris.data.demo import make_demo
+from matris.data.frames import refuse_idle_keys
 from matris.data.labels import LabelKeys
 from matris.data.prepare import PrepareOptions, prepare
 from tests.matris.data.frames_of import copper, unlabelled
@@ -154,13 +155,6 @@ def test_subset_split_and_pickle(dataset):
         dataset.split(1.0, seed=0)
 
 
-def test_compositions(dataset):
-    energies, counts = dataset.compositions()
-    assert energies.shape == (48,)
-    np.testing.assert_array_equal(counts.sum(axis=1), dataset.sizes[:, 0])
-    assert counts[0, dataset[0].structure.numbers[0]] > 0
-
-
 def test_mistakes(demo, tmp_path):
     with pytest.raises(ValueError, match="no such file"):
         open_dataset(["none.xyz"], **CUTOFFS)
@@ -176,7 +170,11 @@ def test_keys_that_would_do_nothing_are_refused(demo, tmp_path):
     store = tmp_path / "a.h5"
     prepare([str(demo.valid)], store, PrepareOptions())
     with pytest.raises(ValueError, match=r"no effect on stores \(energy=dft"):
-        open_dataset([str(store)], **CUTOFFS, cache_dir=tmp_path, keys=LabelKeys(energy="dft"))
+        refuse_idle_keys([str(store)], LabelKeys(energy="dft"))
+    with pytest.raises(ValueError, match="no effect on stores"):
+        prepare([str(store)], tmp_path / "b.h5", PrepareOptions(keys=LabelKeys(energy="dft")))
+    refuse_idle_keys([str(store), str(demo.train)], LabelKeys(energy="dft"))
+    refuse_idle_keys([str(store)], LabelKeys())
 
 
 def test_corrupt_store_is_refused(demo, tmp_path):
