@@ -122,6 +122,7 @@ class _Norm:
     def of(z: Tensor, weights: Tensor, biases: Tensor | None, half: int, eps: float, center: bool) -> _Norm:
         weight, bias = weights[half], None if biases is None else biases[half]
         fused = center and not torch.is_grad_enabled()
+        mean: Tensor | None
         if fused:
             out, mean, inverse = torch.native_layer_norm(z, z.shape[-1:], weight, bias, eps)
         else:
@@ -144,7 +145,7 @@ class _Norm:
         projected = v if self.mean is None else v - _mean(v)
         return self.inverse * (projected - x * _mean(x * v))
 
-    def backward(self, grad: Tensor, *, affine: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def backward(self, grad: Tensor, *, affine: bool) -> tuple[Any, ...]:
         """From the gradient of `out` those of z, weight and bias; the latter two None unless `affine`."""
         if self.fused:
             return self._fused_backward(grad, self.weight, [True, affine, affine])
@@ -152,7 +153,7 @@ class _Norm:
         return self.jacobian(grad * self.weight), *(gradients if affine else (None, None))
 
     def jacobian_derivative(self, g: Tensor, v: Tensor) -> Tensor:
-        """Gradient of <v, J g> for z: -r^2 C(x (m(C v C g) - 3 m(x g) m(x v)) + m(x v) g + m(x g) v), C v = v - m(v)."""
+        """Gradient of <v, J g> for z: -r^2 C(x (m(C v C g) - 3 m(x g) m(x v)) + m(x v) g + m(x g) v), Cv = v - m(v)."""
         x = self.normalised()
         xg, xv, vg = _mean(x * g), _mean(x * v), _mean(v * g)
         if self.mean is not None:
@@ -162,9 +163,16 @@ class _Norm:
             total = total - _mean(total)
         return -self.inverse.square() * total
 
-    def _fused_backward(self, grad: Tensor, weight: Tensor | None, mask: list[bool]) -> tuple[Tensor, ...]:
+    def _fused_backward(self, grad: Tensor, weight: Tensor | None, mask: list[bool]) -> tuple[Any, ...]:
         return torch.ops.aten.native_layer_norm_backward(
-            grad, self.z, self.z.shape[-1:], self.mean, self.inverse, weight, None if weight is None else self.bias, mask
+            grad,
+            self.z,
+            self.z.shape[-1:],
+            self.mean,
+            self.inverse,
+            weight,
+            None if weight is None else self.bias,
+            mask,
         )
 
 
