@@ -116,7 +116,8 @@ def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:
     address = environ.get("MASTER_ADDR")
     port = number("MASTER_PORT", 29500)
     if address is None and launcher == "Slurm":
-        address = first_host(environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_NODELIST", "127.0.0.1"))
+        lists = (environ.get(f"SLURM_{name}") for name in ("STEP_NODELIST", "NODELIST", "JOB_NODELIST"))
+        address = first_host(next(filter(None, lists), "127.0.0.1"))
         # Jobs that share a machine must not share a port.
         port = number("MASTER_PORT", 20000 + number("SLURM_JOB_ID", 9500) % 20000)
     elif address is None and local_size_name in environ and number(local_size_name, 1) < world_size:

@@ -14,6 +14,7 @@ from janus.training.learner import Learner
 from janus.training.task import EvaluationSource, TrainingSource
 from matris.config import ModelConfig, Precision
 from matris.data.dataset import MicroBatch, StructureDataset, graph_budget, label_totals, open_dataset
+from matris.data.frames import refuse_idle_keys
 from matris.data.labels import LabelKeys, StressUnit
 from matris.evaluation import Portions, collate_for, evaluation_source
 from matris.exported import load_model, read_config
@@ -76,7 +77,7 @@ def build_setup(config: TrainConfig, mesh: Mesh) -> Setup:
     # Rank 0 first: it prepares raw files, and tells all others if something is wrong with them.
     on_main_rank(lambda: len(_open_datasets(config, hyper).train), mesh)
     datasets = _open_datasets(config, hyper)
-    statistics = on_main_rank(lambda: label_statistics(datasets.train), mesh)
+    statistics = label_statistics(datasets.train, mesh)
     model = _build_model(config, hyper, statistics).to(mesh.device)
     task = MatRISTask(model, config.loss, datasets.train.task_names)
     sampler = GlobalBatchSampler(
@@ -148,6 +149,7 @@ def hyper_parameters(config: TrainConfig) -> ModelConfig:
 
 def _open_datasets(config: TrainConfig, hyper: ModelConfig) -> Datasets:
     data, weights = config.data, config.loss
+    refuse_idle_keys([*data.train, *data.valid, *data.test], _label_keys(data))
 
     def open_set(paths: list[str], wanted: list[str]) -> StructureDataset | None:
         if not paths:

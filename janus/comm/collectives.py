@@ -66,11 +66,6 @@ def reduce_max(value: float, mesh: Mesh) -> float:
     return max(values, key=lambda entry: (entry != entry, entry))
 
 
-def any_rank(flag: bool, mesh: Mesh) -> bool:
-    """Whether the flag is set on any rank: all ranks get the same answer; all-reduces 8 bytes."""
-    return bool(reduce_sums(torch.tensor([float(flag)], device=mesh.device), mesh).item())
-
-
 def broadcast_tensors(tensors: Iterable[Tensor], mesh: Mesh) -> None:
     """Overwrites each tensor with rank 0's; one broadcast of its bytes each."""
     if mesh.world_size == 1:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from janus.mesh import Mesh
 from matris.data.records import Sample
 from matris.elements import MAX_Z
 from matris.graph.structure import Labels, Structure
@@ -49,7 +50,7 @@ def dataset(compositions: list[list[int]], noise: float = 0.0, edges: int = 4) -
 
 
 def statistics_of(compositions: list[list[int]], noise: float = 0.0) -> LabelStatistics:
-    return label_statistics(dataset(compositions, noise))  # type: ignore[arg-type]
+    return label_statistics(dataset(compositions, noise), Mesh())  # type: ignore[arg-type]
 
 
 def test_fit_finds_the_truth_and_the_residual() -> None:
@@ -65,7 +66,7 @@ def test_streaming_fit_is_the_direct_least_squares() -> None:
     rng = np.random.default_rng(1)
     compositions = [rng.choice([1, 8, 14], size=rng.integers(1, 6)).tolist() for _ in range(2500)]
     data = dataset(compositions, noise=0.1)
-    statistics = label_statistics(data)  # type: ignore[arg-type]
+    statistics = label_statistics(data, Mesh())  # type: ignore[arg-type]
     rows = np.array([np.bincount(np.array(numbers) - 1, minlength=MAX_Z) / len(numbers) for numbers in compositions])
     target = np.array([sample.labels.energy / len(sample.structure.numbers) for sample in data.samples])
     expected = np.linalg.lstsq(rows, target, rcond=None)[0]
