@@ -45,9 +45,7 @@ def test_angles_are_all_ordered_pairs_of_short_edges(name):
         atoms.positions[graph.edge_target] - atoms.positions[graph.edge_source] - graph.edge_image @ atoms.cell.array
     )
     short = np.nonzero(np.linalg.norm(vectors, axis=1) < CUTOFFS["three_body_cutoff"])[0]
-    expected = {
-        (a, b) for a in short for b in short if a != b and graph.edge_target[a] == graph.edge_target[b]
-    }
+    expected = {(a, b) for a in short for b in short if a != b and graph.edge_target[a] == graph.edge_target[b]}
     found = list(zip(graph.angle_target_edge.tolist(), graph.angle_source_edge.tolist(), strict=True))
     assert len(found) == len(set(found))
     assert set(found) == expected

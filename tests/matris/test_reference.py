@@ -34,9 +34,7 @@ def converted(request, shared_directory, tmp_path_factory):
 
 def outputs(model: MatRIS, structure: Structure) -> dict[str, np.ndarray]:
     hyper = model.hyper
-    graph = build_graph(
-        structure, pairwise_cutoff=hyper.pairwise_cutoff, three_body_cutoff=hyper.three_body_cutoff
-    )
+    graph = build_graph(structure, pairwise_cutoff=hyper.pairwise_cutoff, three_body_cutoff=hyper.three_body_cutoff)
     prediction = model(collate_graphs([graph]))
     return {
         "energy_per_atom_eV": prediction.energy.numpy()[0] / structure.num_atoms,
