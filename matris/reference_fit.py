@@ -15,6 +15,7 @@ from matris.data.dataset import StructureDataset
 from matris.elements import MAX_Z, SYMBOLS, number_of
 
 _ROWS = 1024  # structures between two factorisations
+_RCOND = 1e-10  # compositions that differ by less count as the same
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,16 @@ class LabelStatistics:
     def residual(self, energies: np.ndarray) -> float:
         """RMS of the energy per atom that reference energies (MAX_Z,) leave to the network, eV/atom."""
         return float(np.linalg.norm(self.factor @ np.append(energies, -1.0)) / np.sqrt(max(self.num_energies, 1)))
+
+    @property
+    def present(self) -> np.ndarray:
+        """Indices into (MAX_Z,) of the elements that occur."""
+        return np.nonzero(self.element_counts)[0]
+
+    @property
+    def rank(self) -> int:
+        """How many combinations of reference energies the compositions determine; at most `len(present)`."""
+        return int(np.linalg.matrix_rank(self.factor[:, self.present], rtol=_RCOND)) if self.num_energies else 0
 
     @property
     def rms_force(self) -> float | None:
@@ -106,13 +117,13 @@ def reference_energies(source: str, statistics: LabelStatistics) -> np.ndarray:
     Raises:
         ValueError: no energies to fit, elements without an isolated atom or entry, an unreadable file.
     """
-    present = np.nonzero(statistics.element_counts)[0]
+    present = statistics.present
     energies = np.zeros(MAX_Z)
     if source == "fit":
         if not statistics.num_energies:
             raise ValueError("reference energies cannot be fitted: no training structure has an energy; use none")
         matrix, target = statistics.factor[:, present], statistics.factor[:, -1]
-        energies[present] = np.linalg.lstsq(matrix, target, rcond=1e-10)[0]
+        energies[present] = np.linalg.lstsq(matrix, target, rcond=_RCOND)[0]
     elif source != "none":
         known = statistics.isolated if source == "isolated" else _read(Path(source))
         missing = [SYMBOLS[number + 1] for number in present if number + 1 not in known]
@@ -127,7 +138,7 @@ def reference_energies(source: str, statistics: LabelStatistics) -> np.ndarray:
 def reference_table(energies: np.ndarray, statistics: LabelStatistics) -> str:
     """A line per element of the training data."""
     lines = [f"  {'element':<9}{'structures':>11}{'energy (eV)':>16}"]
-    for number in np.nonzero(statistics.element_counts)[0]:
+    for number in statistics.present:
         count = int(statistics.element_counts[number])
         lines.append(f"  {SYMBOLS[number + 1]:<9}{count:>11}{energies[number]:>16.6f}")
     return "\n".join(lines)

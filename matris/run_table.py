@@ -96,7 +96,11 @@ def _references(config: TrainConfig, setup: Setup) -> str:
     source = config.data.reference_energies or ("fit" if config.init_from is None else "base")
     residual = setup.statistics.residual(setup.model.reference_energies.detach().cpu().numpy())
     scale = float(setup.model.energy_scale)
-    return f"{source}; they leave {1000.0 * residual:.4g} meV/atom (RMS) to the network; energy scale {scale:.4g} eV"
+    text = f"{source}; they leave {1000.0 * residual:.4g} meV/atom (RMS) to the network; energy scale {scale:.4g} eV"
+    rank, count = setup.statistics.rank, len(setup.statistics.present)
+    if source == "fit" and rank < count:
+        text += f"; the compositions determine {rank} of {count} only, so single energies mean nothing"
+    return text
 
 
 def _count(number: int) -> str:

@@ -84,6 +84,7 @@ def test_one_composition_has_the_shortest_solution() -> None:
     energies = reference_energies("fit", statistics)
     assert energies[7] + 2 * energies[0] == pytest.approx(-2.0)
     assert energies[0] == pytest.approx(2 * energies[7])
+    assert (statistics.rank, len(statistics.present)) == (1, 2)
 
 
 def test_isolated_none_and_file(tmp_path: Path) -> None:
