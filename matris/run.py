@@ -14,6 +14,7 @@ import yaml
 import janus
 from janus.comm.collectives import on_main_rank, reduce_max
 from janus.mesh import Mesh, open_mesh
+from janus.telemetry import require_wandb
 from janus.training.trainer import Outcome, Trainer, TrainerConfig
 from matris.config import Precision
 from matris.evaluation import evaluate_dataset, evaluation_source
@@ -48,7 +49,7 @@ def run_training(config: TrainConfig) -> int:
     ) as mesh:
         output = Path(config.training.output)
         if not config.dry_run:
-            on_main_rank(lambda: _check_writable(output), mesh)
+            on_main_rank(lambda: _check_output(output, config.training.wandb_project), mesh)
         setup = build_setup(config, mesh)
         if mesh.is_main:
             print(run_table(config, setup, mesh), flush=True)
@@ -66,7 +67,6 @@ def _train(config: TrainConfig, setup: Setup, mesh: Mesh, output: Path) -> Outco
     """The trainer with the settings of this run."""
     training = config.training
     settings = {**to_plain(config), "model": setup.model.hyper.to_dict()}
-    on_main_rank(lambda: _write(output / "config.yaml", yaml.safe_dump(settings, sort_keys=False)), mesh)
     eval_interval = training.eval_interval or min(setup.steps_per_epoch, setup.num_steps)
     trainer = Trainer(
         task=setup.task,
@@ -91,8 +91,11 @@ def _train(config: TrainConfig, setup: Setup, mesh: Mesh, output: Path) -> Outco
         },
         provenance={"janus_matris": janus.__version__, "torch": torch.__version__, "settings": settings},
     )
-    if config.init_from is not None and not trainer.store.steps():
+    trainer.resume()
+    if config.init_from is not None and setup.learner.step == 0:
         _verify_base(config, setup, mesh)
+    # Only now: settings that are refused must not replace those of a run that is there.
+    on_main_rank(lambda: _write(output / "config.yaml", yaml.safe_dump(settings, sort_keys=False)), mesh)
     return trainer.run()
 
 
@@ -168,8 +171,10 @@ def _finish(setup: Setup, mesh: Mesh, output: Path, outcome: Outcome, precision:
         print(f"written: {output}")
 
 
-def _check_writable(output: Path) -> None:
-    """Fails before the training, not at its first checkpoint."""
+def _check_output(output: Path, wandb_project: str | None) -> None:
+    """Fails before the training, not at its first record or checkpoint."""
+    if wandb_project is not None:
+        require_wandb(wandb_project)
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=output):
         pass

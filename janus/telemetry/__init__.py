@@ -2,6 +2,6 @@
 
 from janus.telemetry.csv_log import CsvLog
 from janus.telemetry.progress import Progress
-from janus.telemetry.records import RunLog
+from janus.telemetry.records import RunLog, require_wandb
 
-__all__ = ["CsvLog", "Progress", "RunLog"]
+__all__ = ["CsvLog", "Progress", "RunLog", "require_wandb"]

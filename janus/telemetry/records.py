@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,15 +56,24 @@ class RunLog:
             self._wandb.finish()
 
 
-def _start_wandb(project: str, directory: Path, config: Mapping[str, Any] | None) -> Any:
-    """A wandb run whose identifier follows from the directory, so that a resumed run continues it."""
-    try:
-        import wandb
-    except ImportError as error:
+def require_wandb(project: str) -> None:
+    """Refuses a wandb project where wandb is not installed.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if importlib.util.find_spec("wandb") is None:
         raise ValueError(
             f"logging to wandb project {project!r} needs wandb, which is not installed: "
             "pip install 'janus-matris[wandb]', or leave the project out"
-        ) from error
+        )
+
+
+def _start_wandb(project: str, directory: Path, config: Mapping[str, Any] | None) -> Any:
+    """A wandb run whose identifier follows from the directory, so that a resumed run continues it."""
+    require_wandb(project)
+    import wandb
+
     identifier = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:16]
     return wandb.init(
         project=project, name=directory.name, id=identifier, dir=directory, resume="allow", config=dict(config or {})

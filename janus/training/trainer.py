@@ -94,15 +94,13 @@ class Trainer:
         self.restored: Path | None = None
 
     def run(self) -> Outcome:
-        """Resumes where it can, then trains to the last step or to a stop signal. All ranks call it.
+        """Trains to the last step or to a stop signal. All ranks call it, after `resume`.
 
         Raises:
             NonFiniteError: a loss is not finite; the checkpoints stay as they are.
-            CheckpointError: the checkpoint to resume from is damaged or of another model.
         """
         on_main_rank(lambda: self.directory.mkdir(parents=True, exist_ok=True), self.mesh)
         broadcast_tensors(self.learner.model.state_dict().values(), self.mesh)
-        self._resume()
         num_steps, learner = self.config.num_steps, self.learner
         stopped = False
         with stop_on_signals() as flag, self._logs():
@@ -207,16 +205,21 @@ class Trainer:
 
     # Resuming --------------------------------------------------------------------------------------------------------
 
-    def _resume(self) -> None:
-        """Restores the state after the checkpoint's last update. The data position is the step itself."""
+    def resume(self) -> None:
+        """Restores the state after the last update of the checkpoint that the settings mean, if there is one; writes
+        nothing. The data position is the step itself. All ranks call it.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged or of another model, or there must be none.
+        """
         path = on_main_rank(self._checkpoint, self.mesh)
         if path is None:
             return
         tensors, state = read_directory(path)
         changed = _changes(state["settings"], self.settings)
-        if any(name.startswith("model.") for name in changed):
+        if of_model := [change for name, change in changed.items() if name.startswith("model.")]:
             raise CheckpointError(
-                f"checkpoint {path} is of another model: {'; '.join(changed.values())}. "
+                f"checkpoint {path} is of another model: {'; '.join(of_model)}. "
                 "Use that run's model settings, or another output directory"
             )
         if self.mesh.is_main:

@@ -50,6 +50,7 @@ def run(
         settings=settings or {"model": {"width": 8}, "optim": {"lr": 1e-2}},
         provenance={"code": "toy"},
     )
+    trainer.resume()
     return trainer.run()
 
 

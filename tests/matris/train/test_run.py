@@ -222,6 +222,17 @@ def test_fine_tuning_that_starts_elsewhere_is_refused(
     assert not (folder / "tuned_wrong" / "checkpoints").exists()
 
 
+def test_refused_settings_leave_a_run_alone(folder: Path, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    for words, message in (
+        (["--training.resume", "never"], "holds checkpoints of a run already"),
+        (["--model.num_layers", "2"], "another model: model.num_layers was 1, is 2"),
+    ):
+        assert main(options(folder, finished, *words)) == 2
+        assert message in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
