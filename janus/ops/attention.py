@@ -15,10 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from janus.ops.recorded import recorded_gradients
 from janus.ops.rowwise import map_rows
 
 
-def attention_terms(logits: Tensor, message: Tensor, envelope: Tensor | None, *, cap: float | None) -> Tensor:
+def attention_terms(
+    logits: Tensor, message: Tensor, envelope: Tensor | None, *, cap: float | None
+) -> tuple[Tensor, Tensor]:
     """Per-edge terms of the two sums, differentiable any number of times.
 
     Args:
@@ -27,59 +30,68 @@ def attention_terms(logits: Tensor, message: Tensor, envelope: Tensor | None, *,
         envelope: (E, 1), u of each edge; None for u = 1.
         cap: bound of the logits, or None to take them as they are.
     Returns:
-        (E, 2 d): u exp(c(s)) and u exp(c(s)) message.
+        u exp(c(s)) and u exp(c(s)) message, (E, d) each.
     """
     return _Terms.apply(logits, message, envelope, cap)
+
+
+def plain_attention_terms(
+    logits: Tensor, message: Tensor, envelope: Tensor | None, *, cap: float | None
+) -> tuple[Tensor, Tensor]:
+    """The same in recorded torch operations."""
+    weight = (logits if cap is None else cap * (logits / cap).tanh()).exp()
+    weight = weight if envelope is None else weight * envelope
+    return weight, weight * message
 
 
 def _exponential(logits: Tensor, cap: float | None) -> tuple[Tensor, Tensor | None]:
     """exp(c(s)) and tanh(s / cap)."""
     if cap is None:
         return logits.exp(), None
-    tanh = (logits / cap).tanh()
-    return (cap * tanh).exp(), tanh
+    tanh = (logits / cap).tanh_()
+    return (cap * tanh).exp_(), tanh
 
 
 class _Terms(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, message: Tensor, envelope: Tensor | None, cap: float | None) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, message: Tensor, envelope: Tensor | None, cap: float | None):
         ctx.save_for_backward(logits, message, envelope)
         ctx.cap = cap
 
-        def terms(logits: Tensor, message: Tensor, u: Tensor | None = None) -> tuple[Tensor]:
+        def terms(logits: Tensor, message: Tensor, u: Tensor | None = None) -> tuple[Tensor, Tensor]:
             exp, _ = _exponential(logits, cap)
-            weight = exp if u is None else exp * u
-            return (torch.cat([weight, weight * message], dim=1),)
+            weight = exp if u is None else exp.mul_(u)
+            return weight, weight * message
 
-        return map_rows(terms, _present(logits, message, envelope))[0]
+        return map_rows(terms, _present(logits, message, envelope))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor):
+    def backward(ctx: Any, g_weight: Tensor, g_value: Tensor):
         logits, message, envelope = ctx.saved_tensors
-        grads = _TermsGrad.apply(logits, message, grad, envelope, ctx.cap)
-        return grads[0], grads[1], grads[2] if envelope is not None else None, None
+        grads = _TermsGrad.apply(logits, message, envelope, g_weight, g_value, ctx.cap)
+        return grads[0], grads[1], None if envelope is None else grads[2], None
 
 
 class _TermsGrad(torch.autograd.Function):
-    """Gradients of logits, message and (if there is one) envelope, as a function of the incoming gradient (E, 2 d)."""
+    """Gradients of logits, message and (if there is one) envelope, as a function of the incoming gradients."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, message: Tensor, grad: Tensor, envelope: Tensor | None, cap: float | None):
-        ctx.save_for_backward(logits, message, grad, envelope)
+    def forward(ctx: Any, logits, message, envelope, g_weight, g_value, cap: float | None):
+        ctx.save_for_backward(logits, message, envelope, g_weight, g_value)
         ctx.cap = cap
 
-        def first(logits: Tensor, message: Tensor, grad: Tensor, u: Tensor | None = None) -> tuple[Tensor, ...]:
+        def first(logits, message, g_weight, g_value, u=None) -> tuple[Tensor, ...]:
             exp, tanh = _exponential(logits, cap)
-            g_weight, g_value = grad.chunk(2, dim=1)
-            g_exp = torch.addcmul(g_weight, message, g_value) * exp
-            weight = exp if u is None else exp * u
-            g_logits = g_exp if u is None else g_exp * u
+            g_logits = torch.addcmul(g_weight, message, g_value).mul_(exp)
+            g_envelope = () if u is None else (g_logits.sum(dim=1, keepdim=True),)
+            if u is not None:
+                exp.mul_(u)
+                g_logits.mul_(u)
             if tanh is not None:
-                g_logits = torch.addcmul(g_logits, g_logits, tanh.square(), value=-1)
-            outputs = g_logits, weight * g_value
-            return outputs if u is None else (*outputs, g_exp.sum(dim=1, keepdim=True))
+                g_logits.mul_(tanh.square_().neg_().add_(1))
+            return g_logits, exp.mul_(g_value), *g_envelope
 
-        return map_rows(first, _present(logits, message, grad, envelope))
+        return map_rows(first, _present(logits, message, g_weight, g_value, envelope))
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor):
@@ -88,33 +100,45 @@ class _TermsGrad(torch.autograd.Function):
         With e = exp(c(s)), h = g_weight + m g_value and p = u c'(s) v_s + v_u, those three inner products sum to
         e h p + e u g_value v_m, of which the lines below are the derivatives.
         """
-        logits, message, grad, envelope = ctx.saved_tensors
+        logits, message, envelope, g_weight, g_value = ctx.saved_tensors
+        if torch.is_grad_enabled():
 
-        def second(logits, message, grad, v_s, v_m, u=None, v_u=None) -> tuple[Tensor, ...]:
+            def plain(logits, message, envelope, g_weight, g_value):
+                def value(*inputs):
+                    return plain_attention_terms(*inputs, cap=ctx.cap)
+
+                grads = recorded_gradients(value, (logits, message, envelope), (g_weight, g_value))
+                return _present(*grads)
+
+            return *recorded_gradients(plain, (logits, message, envelope, g_weight, g_value), cotangents), None
+
+        def second(logits, message, g_weight, g_value, v_s, v_m, u=None, v_u=None) -> tuple[Tensor, ...]:
             exp, tanh = _exponential(logits, ctx.cap)
-            g_weight, g_value = grad.chunk(2, dim=1)
             h = torch.addcmul(g_weight, message, g_value)
-            slope = None if tanh is None else 1 - tanh.square()
+            slope = None if tanh is None else (1 - tanh.square())
             vs_slope = v_s if slope is None else v_s * slope
             p = vs_slope if u is None else torch.addcmul(v_u, vs_slope, u)
             ep = exp * p
-            vm_u = v_m if u is None else v_m * u
-            g_grad = torch.cat([ep, torch.addcmul(exp * vm_u, ep, message)], dim=1)
-            if tanh is None or slope is None:
-                g_logits = exp * torch.addcmul(p * h, vm_u, g_value)
+            vm_g = v_m * g_value
+            g_envelope = ()
+            if u is not None:
+                g_envelope = ((vs_slope * h).add_(vm_g).mul_(exp).sum(dim=1, keepdim=True),)
+                vm_g.mul_(u)
+                v_m = v_m * u
+            if tanh is None:
+                g_logits = vm_g.addcmul_(p, h).mul_(exp)
             else:
                 # p depends on s as well: c'' = -2 / cap tanh c'.
-                bent = v_s * tanh if u is None else v_s * tanh * u
+                bent = tanh.mul_(v_s) if u is None else tanh.mul_(v_s).mul_(u)
                 turn = torch.add(p, bent, alpha=-2 / ctx.cap)
-                g_logits = exp * slope * torch.addcmul(turn * h, vm_u, g_value)
-            outputs = g_logits, ep * g_value, g_grad
-            if u is None:
-                return outputs
-            return (*outputs, (exp * torch.addcmul(vs_slope * h, v_m, g_value)).sum(dim=1, keepdim=True))
+                g_logits = vm_g.addcmul_(turn, h).mul_(exp).mul_(slope)
+            g_g_value = exp.mul_(v_m).addcmul_(ep, message)
+            return g_logits, ep * g_value, ep, g_g_value, *g_envelope
 
         v_s, v_m, *v_u = cotangents
-        grads = map_rows(second, _present(logits, message, grad, v_s, v_m, envelope, *v_u))
-        return (*grads, None) if envelope is not None else (*grads, None, None)
+        rows = _present(logits, message, g_weight, g_value, v_s, v_m, envelope, *v_u)
+        g_logits, g_message, g_g_weight, g_g_value, *g_envelope = map_rows(second, rows)
+        return g_logits, g_message, (g_envelope or [None])[0], g_g_weight, g_g_value, None
 
 
 def _present(*tensors: Tensor | None) -> tuple[Tensor, ...]:

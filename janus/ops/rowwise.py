@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-_SLICE_ELEMENTS = 1 << 16
+_SLICE_ELEMENTS = 1 << 18
 """Elements of one slice of one tensor: a chain's dozen temporaries of this size fit in a core's second-level cache."""
 
 
@@ -15,7 +15,7 @@ def map_rows(function: Callable[..., tuple[Tensor, ...]], rows: tuple[Tensor, ..
     """Apply a function that treats rows independently, slice by slice on CPU and at once elsewhere.
 
     Temporaries of `function` are as large as a slice, so a chain of operations costs one pass over memory and no more
-    memory than its results. Not recorded by autograd: for use inside the forward of autograd functions.
+    memory than its results. Not recorded by autograd: for use inside autograd functions.
 
     Args:
         function: from slices of `rows` to a tuple of tensors; the last `num_summed` of them are sums over the rows.
@@ -25,7 +25,7 @@ def map_rows(function: Callable[..., tuple[Tensor, ...]], rows: tuple[Tensor, ..
     """
     num_rows = rows[0].shape[0]
     step = max(1, _SLICE_ELEMENTS // max(1, rows[0][:1].numel()))
-    if rows[0].device.type != "cpu" or num_rows <= step or torch.is_grad_enabled():
+    if rows[0].device.type != "cpu" or num_rows <= step:
         return function(*rows)
     outputs: list[Tensor] = []
     for start in range(0, num_rows, step):

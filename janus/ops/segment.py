@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -18,8 +19,6 @@ def segment_sum(rows: Tensor, index: Tensor, num_segments: int) -> Tensor:
 
 
 def segment_max(rows: Tensor, index: Tensor, num_segments: int) -> Tensor:
-    """Largest of the rows of each segment, detached, (num_segments, d); 0 where no row belongs."""
-    expanded = index[:, None].expand_as(rows)
-    return rows.new_zeros((num_segments, rows.shape[1])).scatter_reduce(
-        0, expanded, rows.detach(), reduce="amax", include_self=False
-    )
+    """Largest of the rows of each segment, detached, (num_segments, d); -inf where no row belongs."""
+    lowest = rows.new_full((num_segments, rows.shape[1]), -torch.inf)
+    return lowest.scatter_reduce_(0, index[:, None].expand_as(rows), rows.detach(), reduce="amax")

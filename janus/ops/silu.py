@@ -42,12 +42,17 @@ class _SiLUGrad(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, Tensor]:
-        return map_rows(_silu_second, (*ctx.saved_tensors, cotangent))
+        x, grad = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            sigmoid = x.sigmoid()
+            curvature = sigmoid * (1 - sigmoid) * (2 + x * (1 - 2 * sigmoid))
+            return cotangent * grad * curvature, _SiLUGrad.apply(x, cotangent)
+        return map_rows(_second_derivative, (x, grad, cotangent))
 
 
-def _silu_second(x: Tensor, grad: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
+def _second_derivative(x: Tensor, grad: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
     # silu''(x) = s (1 - s) (2 + x - 2 x s), s = sigmoid(x)
     sigmoid = x.sigmoid()
-    bend = torch.addcmul(x + 2, x, sigmoid, value=-2)
-    curvature = torch.ops.aten.sigmoid_backward(cotangent * grad, sigmoid) * bend
-    return curvature, _SiLUGrad.apply(x, cotangent)
+    bend = torch.addcmul(x, x, sigmoid, value=-2).add_(2)
+    curvature = torch.ops.aten.sigmoid_backward(cotangent * grad, sigmoid).mul_(bend)
+    return curvature, torch.ops.aten.silu_backward(cotangent, x)

@@ -40,8 +40,8 @@ class SeparableAttention(MegatronModule):
     def forward(self, nodes: Tensor, edges: Tensor, graph: EdgeSet) -> tuple[Tensor, Tensor]:
         """Nodes (N, width) and edge features (num_features, width) to updated ones."""
         inner = graph.spread(self.message.project(0, edges))
-        inner = inner + self.message.project(1, nodes).index_select(0, graph.target)
-        inner = inner + self.message.project(2, nodes).index_select(0, graph.source)
+        inner = inner.add_(self.message.project(1, nodes).index_select(0, graph.target))
+        inner = inner.add_(self.message.project(2, nodes).index_select(0, graph.source))
         message = self.message.finish(inner)
         target_logits, source_logits = graph.spread(self.logits(edges)).split(self.width, dim=1)
         value = graph.envelope * message if self.smooth else message
@@ -49,19 +49,18 @@ class SeparableAttention(MegatronModule):
         to_source = self._aggregate(source_logits, value, graph.envelope, graph.source, len(nodes))
         update = self.update.project(0, nodes) + self.update.project(1, to_target) + self.update.project(2, to_source)
         return (
-            self.update.finish(update) + self.node_residual * nodes,
-            graph.average(message) + self.edge_residual * edges,
+            torch.addcmul(self.update.finish(update), self.node_residual, nodes),
+            torch.addcmul(graph.average(message), self.edge_residual, edges),
         )
 
     def _aggregate(self, logits: Tensor, value: Tensor, envelope: Tensor, node: Tensor, num_nodes: int) -> Tensor:
         """Softmax-weighted messages of each node's edges, (num_nodes, width)."""
         if self.smooth:
-            terms = attention_terms(logits, value, envelope, cap=_LOGIT_CAP)
-            weight_sum, value_sum = segment_sum(terms, node, num_nodes).split(self.width, dim=1)
-            return value_sum / (weight_sum + _DELTA)
+            weight, value = attention_terms(logits, value, envelope, cap=_LOGIT_CAP)
+            return segment_sum(value, node, num_nodes) / (segment_sum(weight, node, num_nodes) + _DELTA)
         # Released weights: no envelope and no bound, so the largest logit of each node is taken off. It cancels, hence
         # carries no gradient.
         logits = logits - segment_max(logits, node, num_nodes).index_select(0, node)
-        terms = attention_terms(logits, value, None, cap=None)
-        weight_sum, value_sum = segment_sum(terms, node, num_nodes).split(self.width, dim=1)
-        return value_sum / (weight_sum + (weight_sum == 0))
+        weight, value = attention_terms(logits, value, None, cap=None)
+        total = segment_sum(weight, node, num_nodes)
+        return segment_sum(value, node, num_nodes) / (total + (total == 0))

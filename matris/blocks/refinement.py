@@ -38,15 +38,15 @@ class AtomRefinement(_Refinement):
     ) -> tuple[Tensor, Tensor]:
         """Atoms (N, width), undirected edges and their radial basis (U, ...) to updated atoms and edges."""
         inner = graph.spread(self.message.project(0, edges))
-        inner = inner + self.message.project(1, atoms).index_select(0, graph.target)
-        inner = inner + self.message.project(2, atoms).index_select(0, graph.source)
+        inner = inner.add_(self.message.project(1, atoms).index_select(0, graph.target))
+        inner = inner.add_(self.message.project(2, atoms).index_select(0, graph.source))
         message = self.message.finish(inner)
         enveloped = graph.spread(self.envelope(basis)) * message
         received = segment_sum(enveloped, graph.target, len(atoms))
         if update_edges:
             delta = graph.average(self.edge_ffn(enveloped if self.enveloped_edge_update else message))
-            edges = delta + self.edge_residual * edges
-        return self.node_ffn(received) + self.node_residual * atoms, edges
+            edges = torch.addcmul(delta, self.edge_residual, edges)
+        return torch.addcmul(self.node_ffn(received), self.node_residual, atoms), edges
 
 
 class LineRefinement(_Refinement):
@@ -72,14 +72,14 @@ class LineRefinement(_Refinement):
     ) -> tuple[Tensor, Tensor]:
         """Undirected edges (U, width), angles (A, width), atoms and centre index (A,) to updated edges and angles."""
         inner = self.message.project(0, angles)
-        inner = inner + self.message.project(1, atoms).index_select(0, center)
-        inner = inner + self.message.project(2, edges).index_select(0, graph.target)
-        inner = inner + self.message.project(3, edges).index_select(0, graph.source)
+        inner = inner.add_(self.message.project(1, atoms).index_select(0, center))
+        inner = inner.add_(self.message.project(2, edges).index_select(0, graph.target))
+        inner = inner.add_(self.message.project(3, edges).index_select(0, graph.source))
         message = self.message.finish(inner)
         envelope = self.envelope(basis)
         # The target's factor is the same for all its angles: it is applied to their sum.
         enveloped = envelope.index_select(0, graph.source) * message
         received = envelope * segment_sum(enveloped, graph.target, len(edges))
         if update_angles:
-            angles = self.edge_ffn(message) + self.edge_residual * angles
-        return self.node_ffn(received) + self.node_residual * edges, angles
+            angles = torch.addcmul(self.edge_ffn(message), self.edge_residual, angles)
+        return torch.addcmul(self.node_ffn(received), self.node_residual, edges), angles
