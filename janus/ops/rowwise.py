@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 _SLICE_ELEMENTS = 1 << 18
-"""Elements of one slice of one tensor: a chain's dozen temporaries of this size fit in a core's second-level cache."""
+"""Elements of one slice of one tensor: a chain's dozen temporaries of this size stay in the shared cache."""
+
+_WHOLE_ELEMENTS = 1 << 20
+"""Tensors up to this size are not sliced: joining the results would cost more than the cache gains."""
 
 
 def map_rows(function: Callable[..., tuple[Tensor, ...]], rows: tuple[Tensor, ...], num_summed: int = 0):
@@ -24,9 +27,9 @@ def map_rows(function: Callable[..., tuple[Tensor, ...]], rows: tuple[Tensor, ..
         results over all rows, (N, ...), then the sums.
     """
     num_rows = rows[0].shape[0]
-    step = max(1, _SLICE_ELEMENTS // max(1, rows[0][:1].numel()))
-    if rows[0].device.type != "cpu" or num_rows <= step:
+    if rows[0].device.type != "cpu" or rows[0].numel() <= _WHOLE_ELEMENTS:
         return function(*rows)
+    step = max(1, _SLICE_ELEMENTS // rows[0][0].numel())
     outputs: list[Tensor] = []
     for start in range(0, num_rows, step):
         parts = function(*(tensor[start : start + step] for tensor in rows))

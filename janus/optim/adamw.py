@@ -36,5 +36,9 @@ def build_adamw(model: nn.Module, config: AdamWConfig) -> torch.optim.AdamW:
         {"params": spared, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=0.0, betas=(config.beta1, config.beta2), eps=config.eps
+        [group for group in groups if group["params"]],
+        lr=0.0,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=True,
     )

@@ -5,7 +5,8 @@
 The reference is PyPI `matris` 0.1.0, whose name ours would shadow, so it lives in an environment of its own. First both
 sides must agree, from the same weights, on energy, forces, stress, loss and the norm of its weight gradient; then each
 side is timed in fresh processes in the order A B B A. A step is: join the graphs into a batch, predict with recorded
-derivatives, loss of energy, forces and stress, second backward pass, AdamW. Neighbour lists are made before.
+derivatives, loss of energy, forces and stress, second backward pass, AdamW (torch's default one for the reference,
+which has no training code; ours as in a run). Neighbour lists are made before.
 Peak memory is ru_maxrss of the process: interpreter, libraries and everything.
 """
 
@@ -261,6 +262,7 @@ def _our_side(settings: dict[str, Any], *, predict: bool) -> tuple[Callable[[], 
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
     import torch
 
+    from janus.optim.adamw import AdamWConfig, build_adamw
     from matris.config import LossConfig
     from matris.exported import load_model, num_parameters
     from matris.graph.batch import LabelTotals, collate_graphs, collate_labels
@@ -300,7 +302,9 @@ def _our_side(settings: dict[str, Any], *, predict: bool) -> tuple[Callable[[], 
     )
     config = LossConfig(**{f"{name}_weight": weight for name, weight in WEIGHTS.items()})
     parameters = [value for value in model.parameters() if value.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=1e-2)
+    optimizer = build_adamw(model, AdamWConfig(weight_decay=1e-2))
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-4
 
     def loss() -> torch.Tensor:
         batch = collate_graphs([graph])
