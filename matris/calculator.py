@@ -29,8 +29,8 @@ class MatRISCalculator(Calculator):
 
     Results: `energy` and `free_energy` (eV, equal: there are no electrons to smear), `energies` (N,) eV per atom,
     `forces` (N, 3) eV/A, `stress` (6,) eV/A^3 in the order xx yy zz yz xz xy, positive when tensile, and `magmoms` (N,)
-    Bohr magnetons. The stress is defined for cells that are periodic in all three directions only; asking for another
-    one raises ASE's `PropertyNotImplementedError`.
+    Bohr magnetons, if the model was trained on them. The stress is defined for cells that are periodic in all three
+    directions only; asking for another one raises ASE's `PropertyNotImplementedError`.
 
     Args:
         model: directory of a saved model, or a model; of a model a copy is taken, so later training does not matter.
@@ -43,7 +43,7 @@ class MatRISCalculator(Calculator):
             positions, elements beyond Pu, a periodic direction without a volume.
     """
 
-    implemented_properties: ClassVar[list[str]] = ["energy", "free_energy", "energies", "forces", "stress", "magmoms"]
+    implemented_properties: list[str]
     ignored_changes: ClassVar[set[str]] = {"initial_charges", "initial_magmoms"}
 
     def __init__(
@@ -59,9 +59,13 @@ class MatRISCalculator(Calculator):
         if isinstance(model, MatRIS):
             self.model = MatRIS(model.hyper, precision=precision)
             self.model.load_state_dict(model.state_dict())
+            self.model.predicts_magmoms = model.predicts_magmoms
         else:
             self.model = load_model(Path(model), precision=precision)
         self.model.to(self.device).eval()
+        self.implemented_properties = ["energy", "free_energy", "energies", "forces", "stress"]
+        if self.model.predicts_magmoms:
+            self.implemented_properties.append("magmoms")
 
     def calculate(
         self,
@@ -89,8 +93,9 @@ class MatRISCalculator(Calculator):
             "free_energy": energy,
             "energies": (prediction.energies + reference).detach().cpu().numpy(),
             "forces": prediction.forces.cpu().numpy(),
-            "magmoms": prediction.magmoms.cpu().numpy(),
         }
+        if prediction.magmoms is not None:
+            results["magmoms"] = prediction.magmoms.cpu().numpy()
         if periodic:
             results["stress"] = full_3x3_to_voigt_6_stress(prediction.stress[0].cpu().numpy())
         self.results = results

@@ -126,8 +126,9 @@ def _points(prediction: Prediction, batch: MicroBatch) -> dict[str, Tensor]:
     if prediction.stress is not None:
         stress = torch.stack([labels.stress, prediction.stress], dim=3).flatten(1, 2)[:, VOIGT]
         pairs["stress"] = stress[labels.stress_mask].reshape(-1, 2)
-    magmoms = torch.stack([labels.magmoms.abs(), prediction.magmoms], dim=1)
-    pairs["magmoms"] = magmoms[labels.magmoms_mask[atoms]]
+    if prediction.magmoms is not None:
+        magmoms = torch.stack([labels.magmoms.abs(), prediction.magmoms], dim=1)
+        pairs["magmoms"] = magmoms[labels.magmoms_mask[atoms]]
     return pairs
 
 

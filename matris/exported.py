@@ -51,6 +51,7 @@ def save_model(model: MatRIS, directory: Path, *, provenance: dict[str, Any], ov
             "elements": list(SYMBOLS[1:]),
             "reference_energies": dict(zip(SYMBOLS[1:], model.reference_energies.tolist(), strict=True)),
             "energy_scale": model.energy_scale.item(),
+            "predicts_magmoms": model.predicts_magmoms,
             "sha256": sha256_of(staging / WEIGHTS),
             "provenance": provenance,
         }
@@ -120,6 +121,7 @@ def load_model(directory: Path | str, *, device: str = "cpu", precision: Precisi
             f"unknown {sorted(set(state) - expected)}"
         )
     model.load_state_dict(state)
+    model.predicts_magmoms = config["predicts_magmoms"]
     return model.to(device)
 
 

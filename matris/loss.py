@@ -63,7 +63,7 @@ def force_matching_loss(
         stress = stress / totals.stress_structures
     if config.magmoms_weight and totals.magmoms_atoms:
         mask = labels.magmoms_mask[batch.structure_index]
-        error = prediction.magmoms[mask] - labels.magmoms[mask].abs()
+        error = _required(prediction.magmoms, "magmoms")[mask] - labels.magmoms[mask].abs()
         magmoms = _elementwise(error, config.magmoms, config.huber_delta).sum() / totals.magmoms_atoms
     total = (
         config.energy_weight * energy

@@ -59,7 +59,8 @@ def error_sums(
     if prediction.stress is not None:
         error = (prediction.stress - labels.stress).flatten(1)[:, VOIGT]
         add(2, error, labels.stress_mask, per_atom=False)
-    add(3, (prediction.magmoms - labels.magmoms.abs())[:, None], labels.magmoms_mask, per_atom=True)
+    if prediction.magmoms is not None:
+        add(3, (prediction.magmoms - labels.magmoms.abs())[:, None], labels.magmoms_mask, per_atom=True)
     tasks = torch.zeros(num_tasks, len(QUANTITIES), 3, dtype=torch.float64, device=num_atoms.device)
     return tasks.index_add_(0, task_index, structures)
 

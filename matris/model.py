@@ -35,7 +35,7 @@ class Prediction:
         forces: (N, 3) -dE/dr, eV/A; None if not asked for.
         stress: (G, 3, 3) dE/dstrain / |volume|, eV/A^3, positive when tensile; NaN where the cell has no volume; None
             if not asked for.
-        magmoms: (N,) Bohr magnetons, not negative.
+        magmoms: (N,) Bohr magnetons, not negative; None if the model was not trained on them.
     """
 
     energies: Tensor
@@ -43,7 +43,7 @@ class Prediction:
     reference_energy: Tensor
     forces: Tensor | None
     stress: Tensor | None
-    magmoms: Tensor
+    magmoms: Tensor | None
 
     @property
     def energy(self) -> Tensor:
@@ -63,6 +63,7 @@ class MatRIS(MegatronModule):
     Attributes:
         reference_energies: (94,) eV per atom of Z = 1..94, float64, not trained.
         energy_scale: () eV, multiplies the readout's energies, not trained.
+        predicts_magmoms: whether the head for magnetic moments is trained; without it they are not reported.
     """
 
     energy_scale: Tensor
@@ -78,6 +79,7 @@ class MatRIS(MegatronModule):
         super().__init__(megatron_config)
         self.hyper = config
         self.precision = precision
+        self.predicts_magmoms = True
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
@@ -121,7 +123,7 @@ class MatRIS(MegatronModule):
                 reference_energy=segment_sum(reference, batch.structure_index, batch.num_structures),
                 forces=force,
                 stress=None if virial is None else _per_volume(virial, batch.cell),
-                magmoms=magmoms,
+                magmoms=magmoms if self.predicts_magmoms else None,
             )
         return prediction if create_graph else _detached(prediction)
 

@@ -38,7 +38,8 @@ class MatRISTask:
         self.loss_config = loss
         self.task_names = tuple(task_names)
         self.num_sums = len(_TERMS) + len(self.task_names) * len(QUANTITIES) * 3
-        model.readout.magmom.requires_grad_(loss.magmoms_weight > 0.0)
+        model.predicts_magmoms = loss.magmoms_weight > 0.0
+        model.readout.magmom.requires_grad_(model.predicts_magmoms)
 
     def loss(self, micro_batch: MicroBatch, totals: LabelTotals, *, training: bool) -> MicroLoss:
         """Loss and error sums of a micro-batch, normalised by the totals of the global batch."""

@@ -120,7 +120,7 @@ class _TermsGrad(torch.autograd.Function):
             p = vs_slope if u is None else torch.addcmul(v_u, vs_slope, u)
             ep = exp * p
             vm_g = v_m * g_value
-            g_envelope = ()
+            g_envelope: tuple[Tensor, ...] = ()
             if u is not None:
                 g_envelope = ((vs_slope * h).add_(vm_g).mul_(exp).sum(dim=1, keepdim=True),)
                 vm_g.mul_(u)

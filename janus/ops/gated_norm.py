@@ -44,7 +44,7 @@ def gated_norm(core: Tensor, gate: Tensor, weight: Tensor, bias: Tensor | None, 
 def plain_gated_norm(
     core: Tensor, gate: Tensor, weight: Tensor, bias: Tensor | None, *, eps: float, center: bool
 ) -> Tensor:
-    """The same in recorded torch operations. Written out: the third derivative of torch's layer norm is wrong (2.13)."""
+    """The same in recorded torch operations; written out, as the third derivative of torch's layer norm is wrong."""
 
     def norm(z: Tensor, half: int) -> Tensor:
         z = z - _mean(z) if center else z
@@ -174,7 +174,10 @@ class _Norm:
         return self.jacobian(grad * self.weight), g_weight, g_bias
 
     def jacobian_derivative(self, g: Tensor, v: Tensor) -> Tensor:
-        """Gradient of <v, J g> for z: -r^2 C(x (m(C v C g) - 3 m(x g) m(x v)) + m(x v) g + m(x g) v), C v = v - m(v)."""
+        """Gradient of <v, J g> for z, with C v = v - m(v) (RMS norm: C v = v).
+
+        It is -r^2 C(x (m(C v C g) - 3 m(x g) m(x v)) + m(x v) g + m(x g) v).
+        """
         x = self.normalised()
         xg, xv, vg = _mean(x * g), _mean(x * v), _mean(v * g)
         if self.mean is not None:

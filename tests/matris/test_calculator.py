@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 import shutil
 from pathlib import Path
@@ -151,3 +152,12 @@ def test_bad_input(calculator: MatRISCalculator, tiny_model: MatRIS, copper: Ato
         MatRISCalculator(tiny_model, task="r2scan")
     with pytest.raises(ValueError, match="not a model directory"):
         MatRISCalculator(tmp_path)
+
+
+def test_untrained_magnetic_moments_are_not_reported(tiny_model: MatRIS, copper: Atoms) -> None:
+    model = copy.deepcopy(tiny_model)
+    model.predicts_magmoms = False
+    copper.calc = MatRISCalculator(model)
+    assert np.isfinite(copper.get_forces()).all()
+    with pytest.raises(PropertyNotImplementedError):
+        copper.get_magnetic_moments()
