@@ -87,10 +87,9 @@ class Learner:
         for name, parameter in self.parameters.items():
             moments = {moment: parts["optimizer"].get(f"{moment}/{name}") for moment in _MOMENTS}
             state = {moment: value for moment, value in moments.items() if value is not None}
-            # torch keeps the step count on the CPU, the moments beside their parameter.
+            # The fused optimizer keeps the step count beside its parameter, like the moments.
             self.optimizer.state[parameter] = {
-                moment: value.clone() if moment == "step" else value.to(parameter.device, copy=True)
-                for moment, value in state.items()
+                moment: value.to(parameter.device, copy=True) for moment, value in state.items()
             }
         self.step = step
 
