@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from matris.blocks.geometry import Geometry, measure
 from matris.blocks.interaction import Connectivity, InteractionBlock
 from matris.blocks.module import MatRISConfig
 from matris.config import ModelConfig, Precision
-from matris.elements import MAX_Z
+from matris.elements import MAX_Z, SYMBOLS
 from matris.graph.batch import GraphBatch
 from matris.readout import Readout
 
@@ -64,6 +64,7 @@ class MatRIS(MegatronModule):
         reference_energies: (94,) eV per atom of Z = 1..94, float64, not trained.
         energy_scale: () eV, multiplies the readout's energies, not trained.
         predicts_magmoms: whether the head for magnetic moments is trained; without it they are not reported.
+        elements: atomic numbers that the model was trained on, ascending; all 94 unless training narrows them.
     """
 
     energy_scale: Tensor
@@ -80,6 +81,7 @@ class MatRIS(MegatronModule):
         self.hyper = config
         self.precision = precision
         self.predicts_magmoms = True
+        self.elements: tuple[int, ...] = tuple(range(1, MAX_Z + 1))
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
@@ -172,6 +174,24 @@ class MatRIS(MegatronModule):
             if not 1 <= number <= MAX_Z:
                 raise ValueError(f"reference energy for atomic number {number}: allowed are 1 to {MAX_Z}")
             self.reference_energies.data[number - 1] = energy
+
+    def check_elements(self, numbers: Iterable[int]) -> None:
+        """Refuse elements that the model was not trained on: it would give numbers without meaning for them.
+
+        Args:
+            numbers: atomic numbers, in any order and as often as they occur.
+
+        Raises:
+            ValueError: naming the elements that are not known, and those that are.
+        """
+        unseen = sorted({int(number) for number in numbers} - set(self.elements))
+        if unseen:
+            names = [SYMBOLS[number] if 1 <= number <= MAX_Z else f"Z={number}" for number in unseen]
+            raise ValueError(
+                f"the model was not trained on {', '.join(names)}: it knows "
+                f"{', '.join(SYMBOLS[number] for number in self.elements) or 'no element'}; leave out structures with "
+                "other elements, or fine-tune the model on data that has them"
+            )
 
 
 def _gradients(energy: Tensor, leaves: list[Tensor], *, create_graph: bool) -> tuple[Tensor, ...]:

@@ -27,6 +27,7 @@ class LabelStatistics:
             of all structures with an energy: least squares and residuals for any reference energies follow from it.
         num_energies: structures with an energy.
         element_counts: (MAX_Z,) structures with an energy in which the element occurs.
+        elements: atomic numbers that occur in any structure, with an energy or without.
         squared_force_sum: (eV/A)^2 over all labelled components.
         num_force_components: how many those are.
         isolated: total energy of structures of one atom without neighbours, eV, by atomic number.
@@ -35,6 +36,7 @@ class LabelStatistics:
     factor: np.ndarray
     num_energies: int
     element_counts: np.ndarray
+    elements: frozenset[int]
     squared_force_sum: float
     num_force_components: int
     isolated: dict[int, float]
@@ -68,6 +70,7 @@ def label_statistics(dataset: StructureDataset, mesh: Mesh) -> LabelStatistics:
         factor=_triangle([part.factor for part in parts]),
         num_energies=sum(part.num_energies for part in parts),
         element_counts=np.sum([part.element_counts for part in parts], axis=0),
+        elements=frozenset().union(*(part.elements for part in parts)),
         squared_force_sum=sum(part.squared_force_sum for part in parts),
         num_force_components=sum(part.num_force_components for part in parts),
         isolated={number: energy for part in parts for number, energy in part.isolated.items()},
@@ -78,12 +81,14 @@ def _own_statistics(dataset: StructureDataset, indices: Iterable[int]) -> LabelS
     factor = np.zeros((0, MAX_Z + 1))
     rows: list[np.ndarray] = []
     element_counts = np.zeros(MAX_Z, dtype=np.int64)
+    elements: set[int] = set()
     num_energies = num_components = 0
     squared = 0.0
     isolated: dict[int, float] = {}
     for index in indices:
         sample = dataset[index]
         numbers, labels = sample.structure.numbers, sample.labels
+        elements.update(numbers.tolist())
         if labels.energy is not None:
             counts = np.bincount(numbers - 1, minlength=MAX_Z)
             element_counts += counts > 0
@@ -101,6 +106,7 @@ def _own_statistics(dataset: StructureDataset, indices: Iterable[int]) -> LabelS
         factor=_triangle([factor, *rows, np.zeros((MAX_Z + 1, MAX_Z + 1))]),
         num_energies=num_energies,
         element_counts=element_counts,
+        elements=frozenset(elements),
         squared_force_sum=squared,
         num_force_components=num_components,
         isolated=isolated,

@@ -185,12 +185,14 @@ def _label_keys(data: DataConfig) -> LabelKeys:
 
 
 def _build_model(config: TrainConfig, hyper: ModelConfig, statistics: LabelStatistics) -> MatRIS:
-    """New, or the base model, with its reference energies and energy scale."""
+    """New, or the base model, with its elements, reference energies and energy scale."""
     precision = Precision(config.training.precision)
     if config.init_from is None:
         model = MatRIS(hyper, precision=precision, seed=config.training.seed)
+        model.elements = tuple(sorted(statistics.elements))
     else:
         model = load_model(config.init_from, precision=precision)
+        model.elements = tuple(sorted(statistics.elements.union(model.elements)))
     source = config.data.reference_energies or ("fit" if config.init_from is None else "base")
     if source != "base":
         energies = reference_energies(source, statistics)
