@@ -40,7 +40,7 @@ class MatRISCalculator(Calculator):
 
     Raises:
         ValueError: missing or damaged model, unknown dtype or task, a device that is not there; at evaluation: NaN
-            positions, elements beyond Pu, a periodic direction without a volume.
+            positions, elements beyond Pu or that the model was not trained on, a periodic direction without a volume.
     """
 
     implemented_properties: list[str]
@@ -60,6 +60,7 @@ class MatRISCalculator(Calculator):
             self.model = MatRIS(model.hyper, precision=precision)
             self.model.load_state_dict(model.state_dict())
             self.model.predicts_magmoms = model.predicts_magmoms
+            self.model.elements = model.elements
         else:
             self.model = load_model(Path(model), precision=precision)
         self.model.to(self.device).eval()
@@ -76,6 +77,7 @@ class MatRISCalculator(Calculator):
         """Evaluate every property at once (the arguments are ASE's)."""
         super().calculate(atoms, properties, system_changes)
         structure = Structure.from_atoms(self.atoms)
+        self.model.check_elements(structure.numbers)
         periodic = bool(structure.pbc.all())
         if "stress" in properties and not periodic:
             raise PropertyNotImplementedError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields
 from enum import Enum
 from typing import Any
@@ -47,7 +48,7 @@ class ModelConfig:
         pairwise_cutoff: radius of the atom graph, Angstrom.
         three_body_cutoff: radius of the line graph (edges that form angles), Angstrom; at most `pairwise_cutoff`.
         num_radial: radial basis functions.
-        num_angular: columns of the Fourier angular basis (odd); must equal `num_radial` (see `blocks.refinement`).
+        num_angular: columns of the Fourier angular basis (odd); need not equal `num_radial`.
         radial_basis: `bessel` (enveloped) or `gaussian`.
         angular_basis: `fourier`, or `spherical` (a constant radial factor times Legendre polynomials).
         spherical_degree: number of degrees of the spherical basis; it has the square of that many columns.
@@ -78,6 +79,8 @@ class ModelConfig:
     smooth_attention: bool = True
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            _check_type(f"model.{field.name}", getattr(self, field.name), type(field.default))
         for name in ("num_layers", "hidden_size", "num_radial", "num_angular", "spherical_degree", "envelope_exponent"):
             value = getattr(self, name)
             if value < 1:
@@ -115,15 +118,29 @@ class ModelConfig:
                 f"model hyper-parameters do not fit this version: unknown {sorted(set(values) - known)}, "
                 f"missing {sorted(known - set(values))}"
             )
+        sizes = values["readout_hidden_sizes"]
         return ModelConfig(
             **{
                 **values,
                 "radial_basis": RadialBasis(values["radial_basis"]),
                 "angular_basis": AngularBasis(values["angular_basis"]),
                 "norm_type": NormType(values["norm_type"]),
-                "readout_hidden_sizes": tuple(values["readout_hidden_sizes"]),
+                "readout_hidden_sizes": tuple(sizes) if isinstance(sizes, list) else sizes,
             }
         )
+
+
+def _check_type(name: str, value: Any, kind: type) -> None:
+    """Values from files reach the dataclass unchecked."""
+    if kind is float:
+        fits = type(value) in (int, float) and math.isfinite(value)
+    elif kind is tuple:
+        fits = isinstance(value, tuple) and all(type(entry) is int for entry in value)
+    else:
+        fits = type(value) is kind
+    if not fits:
+        wanted = {float: "a finite number", tuple: "a tuple of whole numbers", int: "a whole number"}
+        raise ValueError(f"{name} is {value!r}: it must be {wanted.get(kind, kind.__name__)}")
 
 
 class LossKind(str, Enum):

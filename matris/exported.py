@@ -13,13 +13,25 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from matris.config import ModelConfig, Precision
-from matris.elements import SYMBOLS
+from matris.elements import SYMBOLS, number_of
 from matris.model import MatRIS
 
 FORMAT_VERSION = 1
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 _UNITS = {"energy": "eV", "length": "Angstrom", "forces": "eV/Angstrom", "stress": "eV/Angstrom^3", "magmoms": "muB"}
+_CONFIG_SHA256 = "config_sha256"
+_REQUIRED: dict[str, type] = {
+    "model": dict,
+    "parameter_dtype": str,
+    "elements": list,
+    "reference_energies": dict,
+    "energy_scale": float,
+    "predicts_magmoms": bool,
+    "sha256": str,
+    "provenance": dict,
+}
+"""Entries of `config.json` that are relied upon."""
 
 
 def save_model(model: MatRIS, directory: Path, *, provenance: dict[str, Any], overwrite: bool = False) -> None:
@@ -48,13 +60,14 @@ def save_model(model: MatRIS, directory: Path, *, provenance: dict[str, Any], ov
             "parameters": num_parameters(model),
             "parameter_dtype": str(model.config.params_dtype).removeprefix("torch."),
             "units": _UNITS,
-            "elements": list(SYMBOLS[1:]),
+            "elements": [SYMBOLS[number] for number in model.elements],
             "reference_energies": dict(zip(SYMBOLS[1:], model.reference_energies.tolist(), strict=True)),
             "energy_scale": model.energy_scale.item(),
             "predicts_magmoms": model.predicts_magmoms,
             "sha256": sha256_of(staging / WEIGHTS),
             "provenance": provenance,
         }
+        config[_CONFIG_SHA256] = config_sha256(config)
         (staging / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
         staging.chmod(0o755)
         if directory.exists():
@@ -72,7 +85,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     """`config.json` of a model directory.
 
     Raises:
-        ValueError: not a model directory, or of a newer format.
+        ValueError: not a model directory, of a newer format, edited or damaged.
     """
     path = Path(directory) / CONFIG
     if not path.is_file():
@@ -88,7 +101,24 @@ def read_config(directory: Path) -> dict[str, Any]:
             f"{path} has format version {config.get('format_version')}; this version reads {FORMAT_VERSION}: "
             "update janus-matris"
         )
+    if config.get(_CONFIG_SHA256) != config_sha256(config):
+        raise ValueError(
+            f"{path} is corrupt or was edited: its SHA-256 differs from the one in its entry {_CONFIG_SHA256}; copy "
+            "the model again (what a model is cannot be changed by editing this file)"
+        )
+    for name, kind in _REQUIRED.items():
+        if not isinstance(config.get(name), kind):
+            found = repr(config[name])[:80] if name in config else "missing"
+            raise ValueError(f"{path}: entry {name!r} is {found}: it must be a JSON value of kind {kind.__name__}")
     return config
+
+
+def config_sha256(config: dict[str, Any]) -> str:
+    """SHA-256 of what `config.json` says: of its canonical JSON (sorted, no blanks) without the checksum itself."""
+    # Through JSON first: it turns keys into strings and tuples into lists, as a reader will find them.
+    content = json.loads(json.dumps(config))
+    content.pop(_CONFIG_SHA256, None)
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def load_model(directory: Path | str, *, device: str = "cpu", precision: Precision | None = None) -> MatRIS:
@@ -98,7 +128,7 @@ def load_model(directory: Path | str, *, device: str = "cpu", precision: Precisi
         precision: number formats; None keeps that of the stored parameters.
 
     Raises:
-        ValueError: missing, corrupt (checksum) or foreign files.
+        ValueError: missing, corrupt (checksums) or foreign files.
     """
     directory = Path(directory)
     config = read_config(directory)
@@ -113,14 +143,22 @@ def load_model(directory: Path | str, *, device: str = "cpu", precision: Precisi
         state = load_file(weights)
     except SafetensorError as error:
         raise ValueError(f"{weights} is not a readable safetensors file: {error}") from error
-    model = MatRIS(ModelConfig.from_dict(config["model"]), precision=precision)
+    try:
+        elements = tuple(sorted({number_of(str(symbol)) for symbol in config["elements"]}))
+        model = MatRIS(ModelConfig.from_dict(config["model"]), precision=precision)
+    except ValueError as error:
+        raise ValueError(f"{directory / CONFIG}: {error}") from error
     expected = set(model.state_dict())
     if set(state) != expected:
         raise ValueError(
             f"{weights} does not fit {CONFIG}: missing {sorted(expected - set(state))}, "
             f"unknown {sorted(set(state) - expected)}"
         )
-    model.load_state_dict(state)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:  # shapes
+        raise ValueError(f"{weights} does not fit {CONFIG}: {error}") from error
+    model.elements = elements
     model.predicts_magmoms = config["predicts_magmoms"]
     return model.to(device)
 

@@ -11,12 +11,14 @@ from typing import Any
 import jsonargparse
 
 from matris.config import ModelConfig
+from matris.elements import MAX_Z
 from matris.presets import PRESETS
 
 PROG = "janus-matris info"
 
 
 def main(arguments: list[str]) -> int:
+    """Exit status 0; a mistake in the options ends the process with 2."""
     parser = argparse.ArgumentParser(
         prog=PROG,
         usage=f"{PROG} [--json] (--model DIR | [--preset NAME] [--model.FIELD VALUE ...])",
@@ -68,6 +70,8 @@ def _table(facts: dict[str, Any]) -> str:
     for name, value in facts.items():
         if name == "reference_energies":
             value = {symbol: energy for symbol, energy in value.items() if energy != 0.0} or "all zero"
+        if name == "elements" and len(value) < MAX_Z:  # they need not be neighbours
+            value = ",".join(value)
         if isinstance(value, dict):
             lines.append(f"{name}:")
             lines += [f"  {key:<24} {_plain(entry)}" for key, entry in value.items()]

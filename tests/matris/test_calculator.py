@@ -161,3 +161,11 @@ def test_untrained_magnetic_moments_are_not_reported(tiny_model: MatRIS, copper:
     assert np.isfinite(copper.get_forces()).all()
     with pytest.raises(PropertyNotImplementedError):
         copper.get_magnetic_moments()
+
+
+def test_unseen_elements_are_refused(tiny_model: MatRIS, copper: Atoms) -> None:
+    model = copy.deepcopy(tiny_model)
+    model.elements = (1, 8)
+    copper.calc = MatRISCalculator(model)
+    with pytest.raises(ValueError, match="not trained on Cu: it knows H, O"):
+        copper.get_potential_energy()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from matris.config import ModelConfig, Precision
-from matris.exported import load_model, save_model
+from matris.exported import config_sha256, load_model, read_config, save_model
 from tests.matris.structures import all_kinds, predict, tiny_model
 
 
@@ -55,19 +55,107 @@ def test_corrupt_weights_are_refused(directory):
         load_model(directory)
 
 
+def write_config(directory, change, *, seal):
+    """Edit config.json, with or without a checksum that fits."""
+    path = directory / "config.json"
+    config = {name: value for name, value in {**json.loads(path.read_text()), **change}.items() if value is not None}
+    if seal:
+        config["config_sha256"] = config_sha256(config)
+    path.write_text(json.dumps(config))
+
+
+def hyper(directory, **change):
+    return {"model": {**read_config(directory)["model"], **change}}
+
+
+@pytest.mark.parametrize("seal", [True, False])
+@pytest.mark.parametrize(
+    ("change", "message"), [({"format_version": 99}, "format version 99"), ({"format": "other"}, "does not describe")]
+)
+def test_foreign_configs_are_refused(directory, change, message, seal):
+    write_config(directory, change, seal=seal)
+    with pytest.raises(ValueError, match=message):
+        load_model(directory)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": None},
+        {"energy_scale": 2.0},
+        {"reference_energies": {"Cu": 0.0}},
+        {"predicts_magmoms": False},
+        {"elements": ["H"]},
+        {"provenance": {}},
+        {"config_sha256": None},
+        {"extra": 1},
+    ],
+)
+def test_every_edit_of_the_config_is_refused(directory, change):
+    write_config(directory, change, seal=False)
+    with pytest.raises(ValueError, match=r"config\.json is corrupt or was edited"):
+        read_config(directory)
+
+
+def test_edited_cutoff_is_refused(directory):
+    write_config(directory, hyper(directory, pairwise_cutoff=5.5), seal=False)
+    with pytest.raises(ValueError, match="edited"):
+        load_model(directory)
+
+
+def test_rewritten_config_is_the_same(directory):
+    path = directory / "config.json"
+    path.write_text(json.dumps(dict(reversed(json.loads(path.read_text()).items())), indent=7))
+    load_model(directory)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 99}, "format version 99"),
-        ({"format": "other"}, "does not describe"),
         ({"model": {"num_layers": 2}}, "missing"),
+        ({"model": None}, "'model' is missing"),
+        ({"model": [1]}, r"'model' is \[1\].*dict"),
+        ({"predicts_magmoms": "yes"}, "predicts_magmoms"),
+        ({"elements": [["H"]]}, "unknown element"),
+        ({"sha256": None}, "sha256"),
     ],
 )
-def test_foreign_configs_are_refused(directory, change, message):
-    path = directory / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+def test_configs_of_another_writer_are_checked(directory, change, message):
+    write_config(directory, change, seal=True)
     with pytest.raises(ValueError, match=message):
         load_model(directory)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": 24}, r"model\.safetensors does not fit config\.json"),
+        ({"hidden_size": "16"}, r"model\.hidden_size is '16'"),
+        ({"hidden_size": True}, "hidden_size is True"),
+        ({"pairwise_cutoff": "5"}, "pairwise_cutoff is '5'"),
+        ({"pairwise_cutoff": float("inf")}, "pairwise_cutoff is inf"),
+        ({"readout_hidden_sizes": 16}, "readout_hidden_sizes is 16"),
+        ({"norm_type": "none"}, "none"),
+        ({"smooth_attention": 1}, "smooth_attention is 1"),
+    ],
+)
+def test_hyper_parameters_of_another_writer_are_checked(directory, change, message):
+    write_config(directory, hyper(directory, **change), seal=True)
+    with pytest.raises(ValueError, match=message):
+        load_model(directory)
+
+
+def test_elements_are_kept(tmp_path):
+    model = tiny_model()
+    assert model.elements == tuple(range(1, 95))
+    model.elements = (1, 8, 29)
+    save_model(model, tmp_path / "model", provenance={3: (1, 2)})
+    assert read_config(tmp_path / "model")["elements"] == ["H", "O", "Cu"]
+    loaded = load_model(tmp_path / "model")
+    assert loaded.elements == (1, 8, 29)
+    loaded.check_elements([29, 1, 29])
+    with pytest.raises(ValueError, match=r"not trained on Si, Au: it knows H, O, Cu; .*fine-tune"):
+        loaded.check_elements([79, 14, 1])
 
 
 def test_incomplete_directories_are_refused(directory, tmp_path):

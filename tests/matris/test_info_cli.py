@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
 import pytest
 
 from matris.cli import main
+from matris.exported import save_model
+from matris.model import MatRIS
 
 
 def test_directory(tiny_model_directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -19,6 +22,14 @@ def test_directory(tiny_model_directory: Path, capsys: pytest.CaptureFixture[str
     shown = capsys.readouterr().out
     assert "H..Pu (94)" in shown
     assert "Cu                       -3.5" in shown
+
+
+def test_elements_are_listed(tmp_path: Path, tiny_model: MatRIS, capsys: pytest.CaptureFixture[str]) -> None:
+    model = copy.deepcopy(tiny_model)
+    model.elements = (1, 6, 7, 8, 9, 14, 15, 16, 17, 35, 53)
+    save_model(model, tmp_path / "model", provenance={})
+    assert main(["info", "--model", str(tmp_path / "model")]) == 0
+    assert "H,C,N,O,F,Si,P,S,Cl,Br,I" in capsys.readouterr().out
 
 
 def test_released_size(capsys: pytest.CaptureFixture[str]) -> None:
