@@ -21,21 +21,33 @@ def read_structure(path: Path, index: int = -1) -> Atoms:
         index: which structure, where a file has several; -1 is the last.
 
     Raises:
-        OSError: the file cannot be opened.
+        OSError: the file is not there or may not be read.
         ValueError: ASE cannot read it, or it has no such structure.
     """
     from ase.io import read
+    from ase.io.formats import UnknownFileTypeError, filetype
 
     if not path.is_file():
         raise FileNotFoundError(f"no structure file {path}")
+    with open(path, "rb"):  # says so if it may not be read; what fails afterwards is the content
+        pass
+    kind = "any format that it knows"
     try:
-        return read(path, index=index)
-    except OSError:
-        raise
+        kind = filetype(str(path))
+        # A slice, because an index beyond the first structure is the first one to some of the readers.
+        frames = read(path, index=slice(index, index + 1 if index >= 0 else None), format=kind)
+    except UnknownFileTypeError as error:
+        raise ValueError(f"{path}: ASE does not recognise its format ({error})") from error
     except Exception as error:  # each of ASE's readers fails in its own way
+        reason = f"{type(error).__name__}: {error}" if str(error) else f"{type(error).__name__} in its reader"
         raise ValueError(
-            f"{path}: ASE cannot read structure {index} of it ({type(error).__name__}: {error})"
+            f"{path}: ASE cannot read it as {kind}; it is damaged or of another format ({reason})"
         ) from error
+    if not frames and index in (0, -1):
+        raise ValueError(f"{path}: ASE finds no complete structure in it, read as {kind}")
+    if len(frames) < max(1, -index):
+        raise ValueError(f"{path} has no structure {index}: it has fewer (they count from 0; -1 is the last)")
+    return frames[0]
 
 
 @contextmanager

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 from janus.ops.segment import segment_sum
@@ -17,7 +16,7 @@ from matris.blocks.edges import EdgeSet
 from matris.blocks.embedding import AngleEmbedding, AtomEmbedding, EdgeEmbedding
 from matris.blocks.geometry import Geometry, measure
 from matris.blocks.interaction import Connectivity, InteractionBlock
-from matris.blocks.module import MatRISConfig
+from matris.blocks.module import MatRISConfig, MegatronModule
 from matris.config import ModelConfig, Precision
 from matris.elements import MAX_Z, SYMBOLS
 from matris.graph.batch import GraphBatch

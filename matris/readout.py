@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from matris.blocks.module import MLP, MatRISConfig, Norm
+from matris.blocks.module import MLP, MatRISConfig, MegatronModule, Norm
 
 
 class Readout(MegatronModule):

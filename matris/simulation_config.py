@@ -79,7 +79,8 @@ class MDConfig:
         thermostat_fs: npt: period of the thermostat, fs.
         barostat_fs: npt: period of the barostat, fs.
         save_interval: steps between frames of the trajectory and lines of the log.
-        keep_velocities: start with the velocities in the file instead of drawing them.
+        keep_velocities: start with the velocities in the file instead of drawing them; temperature_K and seed are then
+            refused where nothing else needs them.
         seed: of the velocities drawn at the start and of the Langevin noise.
     """
 
@@ -104,6 +105,14 @@ class MDConfig:
             only = _ONLY_FOR.get(field.name, self.ensemble)
             if only is not self.ensemble and getattr(self, field.name) != field.default:
                 raise ValueError(f"--{field.name} acts in {only.value} only, and --ensemble is {self.ensemble.value}")
+        if self.keep_velocities:
+            # None are drawn: what is left for these two is the bath, and the noise of Langevin dynamics.
+            idle = {"temperature_K": self.ensemble is Ensemble.nve, "seed": self.ensemble is not Ensemble.nvt}
+            for field in fields(self):
+                if idle.get(field.name) and getattr(self, field.name) != field.default:
+                    raise ValueError(
+                        f"--{field.name} does nothing in {self.ensemble.value} with --keep_velocities: leave one away"
+                    )
         lowest = 1e-3 if self.ensemble is Ensemble.npt else 0.0
         if not self.temperature_K >= lowest:
             raise ValueError(

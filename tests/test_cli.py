@@ -130,3 +130,9 @@ def run(*arguments: str) -> tuple[float, subprocess.CompletedProcess[str]]:
         if times[-1] < 1.0:
             break
     return min(times), done
+
+
+def test_import_is_quiet() -> None:
+    code = "import matris.calculator, matris.run"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

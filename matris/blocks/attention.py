@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import torch
-from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 from janus.ops.attention import attention_terms
 from janus.ops.segment import segment_max, segment_sum
 from matris.blocks.edges import EdgeSet
-from matris.blocks.module import GatedMLP, Linear, MatRISConfig
+from matris.blocks.module import GatedMLP, Linear, MatRISConfig, MegatronModule
 
 _LOGIT_CAP = 10.0
 """Bound of the smooth attention's logits. exp(+-10) is far from the limits of fp32, so no running maximum is needed."""

@@ -7,13 +7,12 @@ with the few columns of a basis is then the only one that runs over edges or ang
 from __future__ import annotations
 
 import torch
-from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 from torch.nn import functional
 
 from janus.ops.silu import silu
 from matris.basis.angular import build_angular_basis
-from matris.blocks.module import Linear, MatRISConfig, Norm
+from matris.blocks.module import Linear, MatRISConfig, MegatronModule, Norm
 from matris.config import NormType
 from matris.elements import MAX_Z
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from matris.blocks.attention import SeparableAttention
 from matris.blocks.edges import EdgeSet
-from matris.blocks.module import MatRISConfig
+from matris.blocks.module import MatRISConfig, MegatronModule
 from matris.blocks.refinement import AtomRefinement, LineRefinement
 
 

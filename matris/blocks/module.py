@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
-from megatron.core.model_parallel_config import ModelParallelConfig
-from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 from janus.ops.gated_norm import gated_norm
 from janus.ops.product import linear
 from janus.ops.silu import silu
 from matris.config import ModelConfig, NormType
+
+# All imports of Megatron's modules are here, because the first one warns of optional packages that are not needed.
+with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", "Transformer Engine and Apex are not installed", UserWarning)
+    from megatron.core.model_parallel_config import ModelParallelConfig
+    from megatron.core.transformer.module import MegatronModule as MegatronModule
 
 
 @dataclass

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import torch
-from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 from janus.ops.segment import segment_sum
 from matris.blocks.edges import EdgeSet
-from matris.blocks.module import MLP, GatedMLP, Linear, MatRISConfig
+from matris.blocks.module import MLP, GatedMLP, Linear, MatRISConfig, MegatronModule
 
 
 class _Refinement(MegatronModule):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 
 from janus import __version__
@@ -59,8 +58,6 @@ def _run(given: list[str]) -> int:
     if verb not in VERBS:
         print(f"janus-matris: error: no verb {verb!r}; one of {', '.join(VERBS)}", file=sys.stderr)
         return 2
-    # Said four times by megatron-core on import; neither is needed.
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
     return int(importlib.import_module(VERBS[verb][0]).main(normalise_option_names(rest)) or 0)
 
 

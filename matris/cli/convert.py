@@ -7,6 +7,7 @@ from pathlib import Path
 
 
 def main(arguments: list[str]) -> int:
+    """Exit status 0; a mistake in the options ends the process with 2."""
     parser = argparse.ArgumentParser(
         prog="janus-matris convert",
         description="Convert a released MatRIS checkpoint into a model directory (model.safetensors + config.json). "

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from jsonargparse import ArgumentParser
 
-from matris.cli.simulation import add_common_options, output_of, read_atoms
+from matris.cli.simulation import add_common_options, output_of, parse_options, read_atoms
 from matris.simulation_config import MDConfig
 
 
 def main(arguments: list[str]) -> int:
-    parser = ArgumentParser(prog="janus-matris md", description="Molecular dynamics: NVE, Langevin NVT, NPT.")
+    """Exit status 0; the results are in the output directory."""
+    parser = ArgumentParser(
+        prog="janus-matris md", description="Molecular dynamics: NVE, Langevin NVT, NPT.", exit_on_error=False
+    )
     add_common_options(parser, dtype="float32")
     parser.add_argument(
         "--keep_velocities", action="store_true", help="start with the velocities in the file instead of drawing them"
     )
     names = parser.add_class_arguments(MDConfig, skip={"keep_velocities"})
-    options = parser.parse_args(arguments)
+    options = parse_options(parser, arguments)
     config = MDConfig(keep_velocities=options.keep_velocities, **{name: options[name] for name in names})
 
     from matris.ase_files import output_directory

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from jsonargparse import ArgumentParser
 
-from matris.cli.simulation import add_common_options, output_of, read_atoms
+from matris.cli.simulation import add_common_options, output_of, parse_options, read_atoms
 from matris.simulation_config import RelaxConfig
 
 
 def main(arguments: list[str]) -> int:
     """Exit status 0, or 1 if the steps did not suffice (the results are written all the same)."""
     parser = ArgumentParser(
-        prog="janus-matris relax", description="Relax a structure, with or without its cell, to the nearest minimum."
+        prog="janus-matris relax",
+        description="Relax a structure, with or without its cell, to the nearest minimum.",
+        exit_on_error=False,
     )
     add_common_options(parser, dtype="float64")
     parser.add_argument("--cell", action="store_true", help="relax the lattice vectors as well (FrechetCellFilter)")
     names = parser.add_class_arguments(RelaxConfig, skip={"cell"})
-    options = parser.parse_args(arguments)
+    options = parse_options(parser, arguments)
     config = RelaxConfig(cell=options.cell, **{name: options[name] for name in names})
 
     from matris.ase_files import output_directory

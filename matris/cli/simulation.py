@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from argparse import ArgumentError
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,12 +15,12 @@ if TYPE_CHECKING:
 
 def add_common_options(parser: ArgumentParser, *, dtype: str) -> None:
     """Structure, model and output options; `dtype` is the verb's default number format."""
-    parser.add_argument("structure", type=Path, help="file with the structure, any format that ASE reads")
-    parser.add_argument("--model", type=Path, required=True, help="model directory")
+    parser.add_argument("structure", type=str, help="file with the structure, any format that ASE reads")
+    parser.add_argument("--model", type=str, required=True, help="model directory")
     parser.add_argument("--index", type=int, default=-1, help="which structure of the file; -1 is the last")
     parser.add_argument(
         "--output",
-        type=Path,
+        type=str,
         default=None,
         help="directory for trajectory, log, final structure and summary; by default STRUCTURE's name and the verb's",
     )
@@ -28,9 +30,18 @@ def add_common_options(parser: ArgumentParser, *, dtype: str) -> None:
     parser.add_argument("--task", type=str, default=None, help="label set to predict, for models that know several")
 
 
+def parse_options(parser: ArgumentParser, arguments: list[str]) -> Namespace:
+    """Parsed options; ValueError, in one line, for what is wrong with them (the parser does not exit)."""
+    try:
+        return parser.parse_args(arguments)
+    except ArgumentError as error:
+        message = re.sub(r"<class '(\w+)'>", r"\1", " ".join(str(error).split()))
+        raise ValueError(f"{message} (see {parser.prog} --help)") from error
+
+
 def output_of(options: Namespace, verb: str) -> Path:
     """The output directory, by default in the working directory."""
-    return options.output or Path(f"{options.structure.stem}-{verb}")
+    return Path(options.output or f"{Path(options.structure).stem}-{verb}")
 
 
 def read_atoms(options: Namespace) -> Atoms:
@@ -38,6 +49,6 @@ def read_atoms(options: Namespace) -> Atoms:
     from matris.ase_files import read_structure
     from matris.calculator import MatRISCalculator
 
-    atoms = read_structure(options.structure, options.index)
+    atoms = read_structure(Path(options.structure), options.index)
     atoms.calc = MatRISCalculator(options.model, options.device, options.dtype, options.task)
     return atoms

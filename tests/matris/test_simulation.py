@@ -158,11 +158,19 @@ def test_a_run_that_blows_up_is_told(copper: Atoms, tmp_path: Path) -> None:
         ({"temperature_K": float("nan")}, "temperature_K"),
         ({"pressure_GPa": 1.0}, "acts in npt only"),
         ({"friction_per_ps": 1.0}, "acts in nvt only"),
+        ({"keep_velocities": True, "temperature_K": 900.0}, "temperature_K does nothing in nve"),
+        ({"keep_velocities": True, "seed": 1}, "seed does nothing in nve"),
+        ({"keep_velocities": True, "seed": 1, "ensemble": Ensemble.npt}, "seed does nothing in npt"),
     ],
 )
 def test_md_options_are_checked(values: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MDConfig(**values)
+
+
+def test_kept_velocities_leave_what_acts() -> None:
+    MDConfig(ensemble=Ensemble.nvt, keep_velocities=True, temperature_K=900.0, seed=1)
+    MDConfig(ensemble=Ensemble.npt, keep_velocities=True, temperature_K=900.0)
 
 
 def test_relax_options_are_checked(tmp_path: Path) -> None:
@@ -224,13 +232,54 @@ def test_read_structure(tmp_path: Path) -> None:
     write(tmp_path / "two.extxyz", [Atoms("H"), Atoms("He")])
     assert read_structure(tmp_path / "two.extxyz").symbols[0] == "He"
     assert read_structure(tmp_path / "two.extxyz", 0).symbols[0] == "H"
-    with pytest.raises(ValueError, match="structure 5"):
-        read_structure(tmp_path / "two.extxyz", 5)
+    assert read_structure(tmp_path / "two.extxyz", -2).symbols[0] == "H"
     with pytest.raises(OSError, match="no structure file"):
         read_structure(tmp_path / "none.extxyz")
-    (tmp_path / "bad.cif").write_bytes(b"\x00\xff")
-    with pytest.raises(ValueError, match="bad.cif"):
-        read_structure(tmp_path / "bad.cif")
+
+
+@pytest.mark.parametrize("name", ["two.extxyz", "two.xyz", "two.traj", "two.cif"])
+@pytest.mark.parametrize("index", [2, 5, -3, -5])
+def test_structures_that_a_file_lacks_are_refused(tmp_path: Path, name: str, index: int) -> None:
+    write(tmp_path / name, [bulk("Cu"), bulk("Au")])
+    assert read_structure(tmp_path / name, -1).symbols[0] == "Au"
+    with pytest.raises(ValueError, match=rf"{name} has no structure {index}"):
+        read_structure(tmp_path / name, index)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.traj", b"junk", "cannot read it as traj.*ULM"),
+        ("x.cif", b"junk", "cannot read it as cif.*AssertionError"),
+        ("x.cif", b"\x00\xff", "cannot read it as cif"),
+        ("x.cif", b"data_x\n_cell_length_a 3.0\n", "finds no complete structure in it, read as cif"),
+        ("POSCAR", b"junk", "cannot read it as vasp"),
+        ("x.extxyz", b"", "does not recognise its format"),
+        ("x.unknown", b"junk", "does not recognise its format"),
+    ],
+)
+def test_unreadable_structures_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}: ASE {message}"):
+        read_structure(tmp_path / name)
+
+
+@pytest.mark.parametrize("verb", ["relax", "md"])
+def test_options_of_the_wrong_kind(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for options in (["--steps", "x"], ["--pressure_GPa", "nan"], ["--no_such_option", "1"]):
+        assert main([verb, "x.cif", "--model", "m", *options]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"janus-matris {verb}: error: ")
+        assert error.count("\n") == 1
+        assert options[0].strip("-") in error
+        assert "<class" not in error
+
+
+@pytest.mark.parametrize("verb", ["relax", "md"])
+def test_help_names_no_classes(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([verb, "--help"])
+    assert "<class" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
