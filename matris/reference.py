@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from torch import Tensor
 from matris.config import AngularBasis, ModelConfig, NormType, Precision, RadialBasis
 from matris.exported import save_model, sha256_of
 from matris.model import MatRIS
+
+_Choice = TypeVar("_Choice")
 
 _FIXED = {
     "dropout": (0.0, 0),
@@ -55,18 +57,43 @@ def read_reference(source: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         content = torch.load(source, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        # Torch's message is not repeated: it advises to load the file with `weights_only=False`.
+        if "Unsupported operand" in str(error):
+            raise ValueError(
+                f"{source} is not a readable torch checkpoint (UnpicklingError: it is not a pickle, or damaged)"
+            ) from error
+        culprit = re.search(r"GLOBAL (\S+)", str(error))
         raise ValueError(
             f"{source} is refused: it holds more than tensors and plain values, and loading it could run code "
-            f"({str(error).splitlines()[0]})"
+            f"({culprit[1] if culprit else type(error).__name__})"
         ) from error
     except (RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
-        raise ValueError(f"{source} is not a readable torch checkpoint: {error}") from error
+        raise ValueError(f"{source} is not a readable torch checkpoint ({type(error).__name__}: {error})") from error
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
         content = content["model"]
     if not isinstance(content, dict) or not {"config", "state_dict"} <= set(content):
-        found = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f"{source} has no 'config' and 'state_dict' (found {found}): not a reference checkpoint")
+        keys = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        raise ValueError(f"{source} has no 'config' and 'state_dict' (found {keys}): not a reference checkpoint")
+    _check_content(content["config"], content["state_dict"], origin=str(source))
     return content["config"], content["state_dict"]
+
+
+def _check_content(config: Any, state: Any, *, origin: str) -> None:
+    for name, value in (("config", config), ("state_dict", state)):
+        if not isinstance(value, dict):
+            raise ValueError(f"{origin}: {name} is of type {type(value).__name__}: it must be a dict")
+        for key in value:
+            if not isinstance(key, str):
+                raise ValueError(f"{origin}: {name} has the key {key!r}: every key must be a string")
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.layout is not torch.strided:
+            found = f"{value.layout} of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"{origin}: weight {name} is a {found}: it must be a dense tensor of floating point numbers"
+            )
+        if not value.isfinite().all():
+            bad = int((~value.isfinite()).sum())
+            raise ValueError(f"{origin}: weight {name} has {bad} of {value.numel()} values that are NaN or infinite")
 
 
 def model_from_reference(config: dict[str, Any], state: dict[str, Tensor], *, origin: str) -> MatRIS:
@@ -103,6 +130,22 @@ def model_from_reference(config: dict[str, Any], state: dict[str, Tensor], *, or
 def config_from_reference(config: dict[str, Any], *, origin: str) -> ModelConfig:
     """Our hyper-parameters from the reference's constructor settings."""
     settings = dict(config)
+
+    def take(name: str, *kinds: type) -> Any:
+        if name not in settings:
+            raise ValueError(f"{origin}: its config lacks {name}")
+        value = settings.pop(name)
+        if type(value) not in kinds:
+            allowed = " or ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"{origin}: {name} is {value!r}: it must be of type {allowed}")
+        return value
+
+    def choose(name: str, choices: Mapping[str, _Choice]) -> _Choice:
+        value = take(name, str)
+        if value.lower() not in choices:
+            raise ValueError(f"{origin}: {name} is {value!r}: allowed are {', '.join(choices)}")
+        return choices[value.lower()]
+
     for name, allowed in _FIXED.items():
         value = settings.pop(name, allowed[0])
         if value not in allowed:
@@ -110,40 +153,43 @@ def config_from_reference(config: dict[str, Any], *, origin: str) -> ModelConfig
     # Total energies are the same for both; the reference's fit is per atom or per cell accordingly.
     settings.pop("is_intensive", None)
     settings.pop("reference_energy", None)
-    try:
-        width = settings.pop("node_feat_dim")
-        widths = {width, settings.pop("edge_feat_dim"), settings.pop("three_body_feat_dim")}
-        if len(widths) != 1:
-            raise ValueError(f"{origin}: node, edge and three-body widths {sorted(widths)} differ; they must be equal")
-        hidden = settings.pop("mlp_hidden_dims")
-        degrees = {settings.pop("max_l"), settings.pop("max_n")}
-        if len(degrees) != 1:
-            raise ValueError(f"{origin}: max_l and max_n are {sorted(degrees)}; they must be equal")
-        hyper = ModelConfig(
-            num_layers=settings.pop("num_layers"),
-            hidden_size=width,
-            pairwise_cutoff=float(settings.pop("pairwise_cutoff")),
-            three_body_cutoff=float(settings.pop("three_body_cutoff")),
-            num_radial=settings.pop("num_radial"),
-            num_angular=settings.pop("num_angular"),
-            radial_basis=RadialBasis(settings.pop("distance_expansion").lower()),
-            angular_basis={"fourier": AngularBasis.fourier, "sh": AngularBasis.spherical}[
-                settings.pop("three_body_expansion").lower()
-            ],
-            spherical_degree=degrees.pop(),
-            learnable_basis=settings.pop("learnable_basis"),
-            envelope_exponent=int(settings.pop("envelope_exponent")),
-            norm_type=NormType(settings.pop("norm_type").lower()),
-            ffn_bias=settings.pop("use_bias"),
-            enveloped_edge_update=settings.pop("use_smoothed_for_delta_edge"),
-            readout_hidden_sizes=(hidden,) if isinstance(hidden, int) else tuple(hidden),
-            smooth_attention=False,
-        )
-    except KeyError as error:
-        raise ValueError(f"{origin}: its config lacks or has an unknown value for {error}") from error
+    width = take("node_feat_dim", int)
+    widths = {width, take("edge_feat_dim", int), take("three_body_feat_dim", int)}
+    if len(widths) != 1:
+        raise ValueError(f"{origin}: node, edge and three-body widths {sorted(widths)} differ; they must be equal")
+    hidden = take("mlp_hidden_dims", int, list, tuple)
+    degrees = {take("max_l", int), take("max_n", int)}
+    if len(degrees) != 1:
+        raise ValueError(f"{origin}: max_l and max_n are {sorted(degrees)}; they must be equal")
+    exponent = take("envelope_exponent", int, float)
+    if exponent != int(exponent):
+        raise ValueError(f"{origin}: envelope_exponent is {exponent}: it must be a whole number")
+    values: dict[str, Any] = {
+        "num_layers": take("num_layers", int),
+        "hidden_size": width,
+        "pairwise_cutoff": float(take("pairwise_cutoff", int, float)),
+        "three_body_cutoff": float(take("three_body_cutoff", int, float)),
+        "num_radial": take("num_radial", int),
+        "num_angular": take("num_angular", int),
+        "radial_basis": choose("distance_expansion", {kind.value: kind for kind in RadialBasis}),
+        "angular_basis": choose(
+            "three_body_expansion", {"fourier": AngularBasis.fourier, "sh": AngularBasis.spherical}
+        ),
+        "spherical_degree": degrees.pop(),
+        "learnable_basis": take("learnable_basis", bool),
+        "envelope_exponent": int(exponent),
+        "norm_type": choose("norm_type", {kind.value: kind for kind in NormType}),
+        "ffn_bias": take("use_bias", bool),
+        "enveloped_edge_update": take("use_smoothed_for_delta_edge", bool),
+        "readout_hidden_sizes": (hidden,) if isinstance(hidden, int) else tuple(hidden),
+        "smooth_attention": False,
+    }
     if settings:
         raise ValueError(f"{origin}: its config has unknown settings {sorted(settings)}")
-    return hyper
+    try:
+        return ModelConfig(**values)
+    except ValueError as error:
+        raise ValueError(f"{origin}: {error}") from error
 
 
 def reference_names(config: ModelConfig, *, has_reference: bool) -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -213,6 +259,8 @@ def _join(parts: list[Tensor], name: str, config: ModelConfig, shape: torch.Size
     """The parts stacked along the first axis, in our shape; None if they do not fit."""
     if len(shape) == 2 and parts[0].dim() == 1:
         parts = [part[None] for part in parts]
+    if any(part.dim() == 0 or part.shape[1:] != parts[0].shape[1:] for part in parts):
+        return None
     value = torch.cat(parts)
     if len(shape) == 1 and value.dim() == 2 and value.shape[0] == 1:
         value = value[0]
@@ -220,7 +268,7 @@ def _join(parts: list[Tensor], name: str, config: ModelConfig, shape: torch.Size
     if inner:
         # The reference multiplies concatenated features: each of our layers is a block of its columns.
         num_parts = 4 if "line_refinement" in name else 3
-        if value.shape[1] != num_parts * config.hidden_size:
+        if value.dim() != 2 or value.shape[1] != num_parts * config.hidden_size:
             return None
         value = value.chunk(num_parts, dim=1)[int(inner[1])]
     return value if value.shape == shape else None

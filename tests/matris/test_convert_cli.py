@@ -30,7 +30,10 @@ def test_malicious_pickle_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
     evidence = tmp_path / "evidence"
     torch.save({"config": {}, "state_dict": Malicious(evidence)}, tmp_path / "bad.pth.tar")
     assert main([*CONVERT, "--input", str(tmp_path / "bad.pth.tar"), "--output", str(tmp_path / "out")]) == 2
-    assert "refused" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "refused" in error
+    assert "mkdir" in error
+    assert "weights_only" not in error
     assert not evidence.exists()
     assert not (tmp_path / "out").exists()
 
