@@ -262,7 +262,8 @@ class StoreReader:
             raise
         except (OSError, KeyError, json.JSONDecodeError) as error:
             raise ValueError(
-                f"{self.path}: corrupt or truncated store ({error}); prepare it again or fetch a good copy"
+                f"{self.path}: corrupt or truncated store ({' '.join(str(error).split())}); prepare it again or fetch "
+                "a good copy"
             ) from error
 
 

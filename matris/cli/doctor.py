@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 from pathlib import Path
 
-from matris.cli.label_options import HelpFormatter, add_label_options, label_keys, num_available_cores
+from matris.cli.label_options import HelpFormatter, add_label_options, label_keys, num_available_cores, worker_count
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -20,18 +21,28 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("paths", nargs="+", metavar="PATH", help="stores (.h5) or any files that `prepare` reads")
     add_label_options(parser)
-    parser.add_argument("--labels", default="energy", help="fatal unless each of these is in at least one frame")
+    parser.add_argument(
+        "--labels",
+        metavar="LABELS",
+        help="fatal unless each of these is in some frame: energy, forces, stress, magmoms (default: any label)",
+    )
     parser.add_argument("--pairwise_cutoff", type=float, default=6.0, help="of the counts of edges, Angstrom")
     parser.add_argument("--three_body_cutoff", type=float, default=4.5, help="of the counts of angles, Angstrom")
     parser.add_argument("--output", metavar="DIR", help="write pictures (PNG) into this folder")
     parser.add_argument("--json", metavar="FILE", help="write the diagnosis as JSON")
-    parser.add_argument("--num_workers", type=int, default=num_available_cores(), help="processes")
+    parser.add_argument("--num_workers", type=worker_count, default=num_available_cores(), help="processes")
     return parser
 
 
 def main(argv: list[str]) -> int:
     """Run the verb. Raises ValueError or OSError for a user's mistake; returns 1 on a fatal finding."""
     options = build_parser().parse_args(argv)
+    if options.json:
+        _check_writable(Path(options.json).parent)
+        if Path(options.json).is_dir():
+            raise ValueError(f"--json {options.json}: is a folder; give the name of a file")
+    if options.output:
+        _check_writable(Path(options.output))
 
     from matris.data.doctor import examine
     from matris.data.doctor_report import draw, to_json, to_text
@@ -41,7 +52,7 @@ def main(argv: list[str]) -> int:
         options.paths,
         PrepareOptions(
             keys=label_keys(options),
-            wanted=tuple(filter(None, options.labels.split(","))),
+            wanted=tuple(filter(None, (options.labels or "").split(","))),
             pairwise_cutoff=options.pairwise_cutoff,
             three_body_cutoff=options.three_body_cutoff,
         ),
@@ -59,3 +70,13 @@ def main(argv: list[str]) -> int:
         for picture in draw(diagnosis, options.output):
             print(f"wrote {picture}")
     return int(diagnosis.fatal)
+
+
+def _check_writable(folder: Path) -> None:
+    """Fail now rather than after the examination if files cannot be made in a folder. Makes nothing that stays."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise ValueError(f"{folder}: files cannot be written there ({existing}: {error.strerror})") from error

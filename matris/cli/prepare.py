@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 
-from matris.cli.label_options import HelpFormatter, add_label_options, label_keys, num_available_cores
+from matris.cli.label_options import HelpFormatter, add_label_options, label_keys, num_available_cores, worker_count
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--task", help="name of the level of theory (default: that of an input store, else `default`)")
     parser.add_argument("--pairwise_cutoff", type=float, default=6.0, help="of the counts of edges, Angstrom")
     parser.add_argument("--three_body_cutoff", type=float, default=4.5, help="of the counts of angles, Angstrom")
-    parser.add_argument("--num_workers", type=int, default=num_available_cores(), help="processes")
+    parser.add_argument("--num_workers", type=worker_count, default=num_available_cores(), help="processes")
     return parser
 
 

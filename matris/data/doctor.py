@@ -165,6 +165,8 @@ def examine(
             check_wanted(found, options.wanted, options.keys, "data")
         except ValueError as error:
             findings.append(_fatal(str(error)))
+        else:
+            findings += _judge_presence(dataset)
         findings += _judge_labels(dataset, facts, forces, stress)
         findings += _judge_geometry(dataset, facts)
         findings.sort(key=lambda finding: finding.severity is not Severity.fatal)
@@ -268,9 +270,18 @@ def _compare(dataset: StructureDataset, facts: Facts) -> tuple[EnergyPairs, np.n
     return EnergyPairs.join(pairs), np.concatenate(slopes)
 
 
+def _judge_presence(dataset: StructureDataset) -> Iterable[Finding]:
+    presence = dataset.label_presence
+    if presence.energy.any():
+        return
+    keys = f"keys in the data: {', '.join(dataset.report.keys) or 'none'}"
+    if any(mask.any() for mask in vars(presence).values()):
+        yield _warning(f"no structure has an energy, so forces and stress cannot be compared with energies; {keys}")
+    else:
+        yield _fatal(f"no structure has any label; {keys}. Give the keys of the labels (--energy_key, ...)")
+
+
 def _judge_labels(dataset: StructureDataset, facts: Facts, forces: Evidence, stress: Evidence) -> Iterable[Finding]:
-    if not np.isfinite(facts.energy_per_atom).any():
-        yield _fatal("no structure has an energy")
     if forces.verdict is Verdict.wrong:
         yield _fatal(f"forces do not fit the energies: {forces.text}")
     if stress.verdict is Verdict.wrong:

@@ -13,7 +13,6 @@ import json
 import lzma
 import os
 import re
-import sqlite3
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -99,7 +98,12 @@ def refuse_idle_keys(paths: Sequence[str], keys: LabelKeys) -> None:
     """
     files = [file for path in paths for file in expand_path(path)]
     if keys != LabelKeys() and all(file_kind(file) is FileKind.store for file in files):
-        given = ", ".join(f"{name}={value}" for name, value in asdict(keys).items() if value is not None)
+        unset = asdict(LabelKeys())
+        given = ", ".join(
+            f"{name}={value.value if isinstance(value, Enum) else value}"
+            for name, value in asdict(keys).items()
+            if value != unset[name]
+        )
         raise ValueError(
             f"label keys have no effect on stores ({given}; {', '.join(files[:3])}): leave them out, or prepare the "
             "original files with them"
@@ -177,28 +181,18 @@ def read_block(block: FrameBlock, keys: LabelKeys, task: str | None) -> Iterator
             if isinstance(outcome, Exception):
                 raise outcome
             yield _frame(outcome, identifier, keys, task or "default")
-        except _UNREADABLE as error:
+        except Exception as error:
             yield ValueError(f"{block.path}, frame {number} (counted from 0): {_reason(error)}")
 
 
-# What parsers raise for text that is not what it should be.
-_UNREADABLE = (
-    ValueError,
-    KeyError,
-    IndexError,
-    TypeError,
-    AttributeError,
-    OSError,
-    AssertionError,
-    zlib.error,
-    sqlite3.DatabaseError,
-)
-
-
-def _reason(error: BaseException) -> str:
+def _reason(error: Exception) -> str:
+    """On one line. Readers of other packages raise anything, so the type is part of it."""
+    text = " ".join(str(error).split())
     if isinstance(error, KeyError):
-        return f"unknown element or missing key {error}"
-    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        return f"unknown element or missing key {text}"
+    if isinstance(error, ValueError) and text:
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _frame(atoms: Atoms, identifier: str, keys: LabelKeys, task: str) -> Frame:
@@ -236,8 +230,8 @@ def _split_xyz(path: str) -> Iterator[tuple[str, int]]:
                         pending = text.readline()
                     yield "".join(lines), raw.tell()
                     number += 1
-        except (ValueError, EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
-            raise ValueError(f"{path}, frame {number} (counted from 0): {error}") from error
+        except (ValueError, EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+            raise ValueError(f"{path}, frame {number} (counted from 0): {_reason(error)}") from error
 
 
 def _parse_xyz(block: FrameBlock) -> Iterator[Atoms | Exception]:
@@ -246,7 +240,7 @@ def _parse_xyz(block: FrameBlock) -> Iterator[Atoms | Exception]:
     for text in block.frames:
         try:
             yield next(read_xyz(io.StringIO(text), index=slice(0, 1), properties_parser=_parse_comment))
-        except _UNREADABLE as error:
+        except Exception as error:
             yield error
 
 
@@ -273,8 +267,8 @@ def _split_ase_db(path: str) -> Iterator[tuple[int, int]]:
             count = len(database)
             for number, row in enumerate(database.select(columns=["id"], include_data=False)):
                 yield row.id, size * (number + 1) // count
-    except sqlite3.DatabaseError as error:
-        raise ValueError(f"{path}: not a readable ASE database ({error})") from error
+    except Exception as error:
+        raise ValueError(f"{path}: not a readable ASE database ({_reason(error)})") from error
 
 
 def _parse_ase_db(block: FrameBlock) -> Iterator[Atoms | Exception]:
@@ -284,7 +278,7 @@ def _parse_ase_db(block: FrameBlock) -> Iterator[Atoms | Exception]:
         for row_id in block.frames:
             try:
                 yield _row_to_atoms(database.get(id=row_id))
-            except _UNREADABLE as error:
+            except Exception as error:
                 yield error
 
 
@@ -305,7 +299,10 @@ def _split_aselmdb(path: str) -> Iterator[tuple[bytes, int]]:
     size = os.path.getsize(path)
     with closing(_open_lmdb(path)) as environment, environment.begin() as transaction:
         # Keys are decimal row numbers as text, which the file sorts as text.
-        rows = sorted(int(key) for key in transaction.cursor().iternext(values=False) if key not in LMDB_RESERVED)
+        try:
+            rows = sorted(int(key) for key in transaction.cursor().iternext(values=False) if key not in LMDB_RESERVED)
+        except Exception as error:
+            raise ValueError(f"{path}: not an LMDB file of numbered rows ({_reason(error)})") from error
     for number, row in enumerate(rows):
         yield b"%d" % row, size * (number + 1) // len(rows)
 
@@ -317,7 +314,7 @@ def _parse_aselmdb(block: FrameBlock) -> Iterator[Atoms | Exception]:
         for key in block.frames:
             try:
                 yield _row_to_atoms(AtomsRow({**json.loads(zlib.decompress(transaction.get(key))), "id": int(key)}))
-            except _UNREADABLE as error:
+            except Exception as error:
                 yield error
 
 
@@ -341,7 +338,7 @@ def _split_ase(path: str) -> Iterator[tuple[Atoms, int]]:
             number += 1
     except UnknownFileTypeError as error:
         raise ValueError(f"{path}: ASE does not know this file format ({error})") from error
-    except _UNREADABLE as error:
+    except Exception as error:
         raise ValueError(f"{path}, frame {number} (counted from 0): cannot be read: {_reason(error)}") from error
 
 

@@ -31,6 +31,8 @@ from matris.graph.build import count_graph
 
 logger = logging.getLogger(__name__)
 
+STORE_SUFFIXES = (".h5", ".hdf5")
+
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareOptions:
@@ -58,6 +60,8 @@ class PrepareOptions:
                 f"three_body_cutoff {self.three_body_cutoff} A must be positive and at most "
                 f"pairwise_cutoff {self.pairwise_cutoff} A"
             )
+        if self.task is not None and not self.task.strip():
+            raise ValueError(f"task is {self.task!r}: give it a name, or leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,12 +127,20 @@ def prepare(
         wait: if another process prepares the same output, wait for it instead of refusing.
     Raises:
         ValueError: unreadable files, invalid frames, a wanted label found nowhere, no frame at all, an output that
-            was made from something else, or that another process is making.
+            was made from something else, that another process is making, or that could not be found as a store.
+        OSError: a file that may not be read or written.
     """
     output = Path(output)
+    if output.suffix.lower() not in STORE_SUFFIXES:
+        raise ValueError(f"output {output}: must end in {' or '.join(STORE_SUFFIXES)}, by which a store is known")
+    if output.is_dir():
+        raise ValueError(f"output {output}: is a folder; give the name of a file, such as {output / 'data.h5'}")
     files = [file for path in paths for file in expand_path(path)]
     if not files:
         raise ValueError("no input files")
+    for file in files:  # while nothing is written yet
+        with open(file, "rb"):
+            pass
     refuse_idle_keys(paths, options.keys)
     fingerprint = _fingerprint(files, options, strict)
     output.parent.mkdir(parents=True, exist_ok=True)

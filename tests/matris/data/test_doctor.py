@@ -130,7 +130,18 @@ def test_no_usable_structure(tmp_path):
 
 def test_no_energies(tmp_path):
     images = images_of(lambda results: {"forces": results["forces"]}, count=2)
-    assert any("no structure has an energy" in text for text in texts(diagnose(tmp_path, images), Severity.fatal))
+    (text,) = texts(diagnose(tmp_path, images), Severity.fatal)  # asked for
+    assert "no frame has the label 'energy'" in text
+    for wanted in (), ("forces",):
+        diagnosis = examine([str(tmp_path / "a.xyz")], PrepareOptions(wanted=wanted))
+        assert not diagnosis.fatal
+        assert any("no structure has an energy" in text for text in texts(diagnosis, Severity.warning))
+
+
+def test_no_labels(tmp_path):
+    ase.io.write(tmp_path / "a.xyz", [bulk("Cu")])
+    diagnosis = examine([str(tmp_path / "a.xyz")], PrepareOptions(wanted=()))
+    assert any("no structure has any label" in text for text in texts(diagnosis, Severity.fatal))
 
 
 def test_overlapping_and_close_atoms(tmp_path):
@@ -183,3 +194,14 @@ def test_command_fails_on_a_fatal_finding(tmp_path, capsys):
     ase.io.write(tmp_path / "a.xyz", images_of(lambda results: {**results, "energy": np.nan}, count=1))
     assert cli.main([str(tmp_path / "a.xyz"), "--num_workers", "0", "--output", str(tmp_path / "out")]) == 1
     assert "FATAL" in capsys.readouterr().out
+
+
+def test_command_checks_its_outputs_first(tmp_path, monkeypatch):
+    monkeypatch.setattr("matris.data.doctor.examine", lambda *_, **__: pytest.fail("examined"))
+    (tmp_path / "file").write_text("")
+    for option, target in (("--json", "file/a.json"), ("--output", "file/deep"), ("--output", "file")):
+        with pytest.raises(ValueError, match="files cannot be written there"):
+            cli.main(["a.xyz", option, str(tmp_path / target)])
+    with pytest.raises(ValueError, match="is a folder"):
+        cli.main(["a.xyz", "--json", str(tmp_path)])
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from ase.constraints import FixAtoms
 
-from matris.data.frames import FrameBlock, block_size, iter_blocks, read_block
-from matris.data.labels import LabelKeys
+from matris.data.frames import FrameBlock, block_size, iter_blocks, read_block, refuse_idle_keys
+from matris.data.labels import LabelKeys, StressUnit
 from matris.data.prepare import PrepareOptions, prepare
 from tests.matris.data.frames_of import copper, unlabelled
 
@@ -187,11 +187,14 @@ def test_bad_frames_are_named(tmp_path, frame, message):
         ("a.xyz", GOOD + "\n" + GOOD, "frame 1 .*blank line"),
         ("a.xyz.gz", gzip.compress(GOOD.encode() * 999)[:-20], "frame .*end-of-stream"),
         ("a.xyz.gz", b"not gzip", "frame 0 .*gzip"),
+        ("a.xyz.bz2", b"not bzip2", "frame 0 .*OSError"),
         ("a.xyz.xz", lzma.compress(GOOD.encode() * 999)[:-40], "frame .*end-of-stream"),
         ("a.unknown", b"\x00\x01", "does not know this file format"),
         ("a.h5", b"hello", "corrupt or truncated"),
         ("a.db", b"hello" * 999, "not a readable ASE database"),
         ("a.aselmdb", b"hello" * 999, "not a readable LMDB file"),
+        ("vasprun.xml", "<modeling><a>", "frame 0 .*ParseError: no element found"),
+        ("OUTCAR", " vasp.6", "frame 0 .*ParseError: Incomplete OUTCAR"),
     ],
 )
 def test_bad_files_are_named(tmp_path, name, content, message):
@@ -202,6 +205,23 @@ def test_bad_files_are_named(tmp_path, name, content, message):
     with pytest.raises(ValueError, match=message) as caught:
         read_all(path)
     assert str(path) in str(caught.value)
+
+
+def test_whatever_a_reader_raises_is_named(tmp_path, monkeypatch):
+    def reader(*_):
+        yield unlabelled()
+        raise ModuleNotFoundError("No module\nnamed 'gpaw'")
+
+    monkeypatch.setattr("ase.io.iread", reader)
+    (tmp_path / "a.gpw").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"a\.gpw, frame 1 .*: ModuleNotFoundError: No module named 'gpaw'"):
+        read_all(tmp_path / "a.gpw")
+
+
+def test_idle_keys_are_named_as_the_user_gave_them(tmp_path):
+    (tmp_path / "a.h5").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"no effect on stores \(stress_unit=GPa; .*a\.h5\)"):
+        refuse_idle_keys([str(tmp_path / "a.h5")], LabelKeys(stress_unit=StressUnit.gpa))
 
 
 def test_trailing_blank_lines_are_fine(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 
 from janus.data.store import StoreReader
 from matris.cli import prepare as cli
-from matris.data.labels import LabelKeys
+from matris.data.labels import SEARCH_ORDER, LabelKeys
 from matris.data.prepare import PrepareOptions, prepare
 from matris.data.records import from_record
 from matris.graph.build import count_graph
@@ -130,6 +130,22 @@ def test_a_bad_frame_leaves_nothing(xyz, tmp_path):
     assert len(report.problems) == 1
 
 
+@pytest.mark.parametrize(("name", "content"), [("vasprun.xml", "<modeling><a>"), ("OUTCAR", " vasp.6"), ("a.bz2", "?")])
+def test_an_unreadable_file_leaves_nothing(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=name):
+        prepare([str(tmp_path / name)], tmp_path / "out.h5", PrepareOptions())
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_outputs_that_would_not_be_a_store(xyz, tmp_path):
+    with pytest.raises(ValueError, match=r"si\.dat: must end in \.h5 or \.hdf5"):
+        prepare([str(xyz)], tmp_path / "si.dat", PrepareOptions())
+    (tmp_path / "out.h5").mkdir()
+    with pytest.raises(ValueError, match=r"out\.h5: is a folder"):
+        prepare([str(xyz)], tmp_path / "out.h5", PrepareOptions())
+
+
 def test_overlapping_atoms_are_named(tmp_path):
     (tmp_path / "a.xyz").write_text('2\npbc="F F F" energy=1\nCu 0 0 0\nCu 0 0 0\n')
     with pytest.raises(ValueError, match=r"a\.xyz:0: atoms 0 and 1"):
@@ -179,6 +195,8 @@ def test_no_such_file(tmp_path):
 def test_bad_options():
     with pytest.raises(ValueError, match="unknown labels"):
         PrepareOptions(wanted=("charges",))
+    with pytest.raises(ValueError, match="task is ''"):
+        PrepareOptions(task="")
     with pytest.raises(ValueError, match="at most pairwise_cutoff"):
         PrepareOptions(three_body_cutoff=7.0)
 
@@ -210,3 +228,15 @@ def test_command(xyz, tmp_path, capsys):
     assert "70 structures" in capsys.readouterr().out
     with pytest.raises(ValueError, match="no such file"):
         cli.main(["none.xyz", "--output", str(output)])
+
+
+def test_command_refuses_a_negative_number_of_processes(xyz, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([str(xyz), "--output", str(tmp_path / "out.h5"), "--num_workers", "-3"])
+    assert "'-3' is not a number of processes" in capsys.readouterr().err
+
+
+def test_help_states_the_real_search_order():
+    text = " ".join(cli.build_parser().format_help().split())
+    for names in SEARCH_ORDER.values():
+        assert f"default: the first of {', '.join(name for name in names if not name.startswith('calc.'))}, the" in text
