@@ -67,8 +67,9 @@ class Trainer:
 
     Args:
         directory: run directory, writable on rank 0 and readable on all ranks.
-        settings: resolved settings of the run, JSON-ready, by group; kept in the checkpoints. The group `model` must
-            not change when a run is resumed; other changes are announced.
+        settings: resolved settings of the run, JSON-ready, by group; kept in the checkpoints. The group `model` and the
+            entry `records.train`, which stands for the content of the training data, must not change when a run is
+            resumed; other changes are announced.
         provenance: goes into exported models.
     """
 
@@ -97,14 +98,15 @@ class Trainer:
         """Trains to the last step or to a stop signal. All ranks call it, after `resume`.
 
         Raises:
-            NonFiniteError: a loss is not finite; the checkpoints stay as they are.
+            NonFiniteError: a loss, of training or validation, is not finite; the checkpoints stay as they are.
         """
         on_main_rank(lambda: self.directory.mkdir(parents=True, exist_ok=True), self.mesh)
         broadcast_tensors(self.learner.model.state_dict().values(), self.mesh)
         num_steps, learner = self.config.num_steps, self.learner
         stopped = False
         with stop_on_signals() as flag, self._logs():
-            if learner.step == 0:
+            lost = self._forget_lost_best()
+            if learner.step == 0 or lost:
                 self._evaluate()
             pending: list[StepReport] = []
             batches = self.train.batches(learner.step) if learner.step < num_steps else ()
@@ -122,6 +124,9 @@ class Trainer:
                     self._save()
                 if last:
                     break
+            if on_main_rank(lambda: learner.step == num_steps and not (self.directory / "last").exists(), self.mesh):
+                with learner.ema.applied():
+                    self._export("last")
             if stopped:
                 self._progress.say(f"stopped after step {learner.step} as asked; the same command continues from there")
         return Outcome(step=learner.step, stopped=stopped, best_step=self.best_step)
@@ -174,7 +179,8 @@ class Trainer:
         if self.valid is None:
             return
         with self.learner.ema.applied():
-            report = self.task.report(evaluate(self.task, self.valid, self.mesh), 1)
+            sums = evaluate(self.task, self.valid, self.mesh, step=self.learner.step)
+            report = self.task.report(sums, 1)
             if report["loss"] < self.best_loss:
                 self.best_loss, self.best_step = report["loss"], self.learner.step
                 self._export("best")
@@ -182,6 +188,17 @@ class Trainer:
             self._log.write(self.learner.step, {f"valid_{name}": value for name, value in report.items()})
         self._progress.say(f"step {self.learner.step}  validation: {self.task.summary(report)}")
         self._progress.pause()
+
+    def _forget_lost_best(self) -> bool:
+        """Whether the best model should be in `best/` and is not; then the best is looked for anew."""
+        if self.best_step is None or on_main_rank((self.directory / "best").exists, self.mesh):
+            return False
+        self._progress.say(
+            f"{self.directory / 'best'} of step {self.best_step} is gone: the best model is looked for anew, "
+            f"from step {self.learner.step} on"
+        )
+        self.best_step, self.best_loss = None, float("inf")
+        return True
 
     def _export(self, name: str) -> None:
         """The model with the weights it has now."""
@@ -221,6 +238,12 @@ class Trainer:
             raise CheckpointError(
                 f"checkpoint {path} is of another model: {'; '.join(of_model)}. "
                 "Use that run's model settings, or another output directory"
+            )
+        if "records.train" in changed:
+            raise CheckpointError(
+                f"checkpoint {path} was made with other training data: {changed['records.train']}. Give the same "
+                "structures and labels in the same order (a validation split also depends on training.seed and "
+                "data.valid_fraction), or another output directory"
             )
         if self.mesh.is_main:
             for change in changed.values():

@@ -114,9 +114,9 @@ def toy_training(rank: int = 0, world_size: int = 1, bad: int = -1) -> TrainingS
     return TrainingSource(batches=batches, totals=toy_totals)
 
 
-def toy_validation(rank: int = 0, world_size: int = 1) -> EvaluationSource:
+def toy_validation(rank: int = 0, world_size: int = 1, bad: int = -1) -> EvaluationSource:
     """Five records; ranks beyond have none."""
     own = np.arange(100, 105)[rank::world_size]
     return EvaluationSource(
-        micro_batches=lambda: (toy_batch([index]) for index in own), totals=toy_totals(np.arange(5))
+        micro_batches=lambda: (toy_batch([index], bad=bad) for index in own), totals=toy_totals(np.arange(5))
     )

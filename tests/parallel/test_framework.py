@@ -46,7 +46,7 @@ def train(mesh: Mesh, size: int, pieces: int) -> dict[str, Any]:
         report = train_step(task, batch, toy_totals(batch.indices), learner=learner, mesh=mesh, stop=mesh.rank == 1)
         reports.append((report.sums, report.grad_norm, report.num_edges))
     traffic = dict(mesh.ledger.calls), dict(mesh.ledger.bytes)
-    validation = evaluate(task, toy_validation(mesh.data_rank, mesh.data), mesh)
+    validation = evaluate(task, toy_validation(mesh.data_rank, mesh.data), mesh, step=0)
     gradients = {name: value.grad for name, value in learner.parameters.items()}
     return {
         "tensors": {**learner.capture(), **{f"gradient/{name}": value for name, value in gradients.items()}},

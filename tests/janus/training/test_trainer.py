@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -30,6 +31,7 @@ def run(
     steps: int = STEPS,
     delay: float = 0.0,
     bad: int = -1,
+    bad_validation: bool = False,
     resume: str = "auto",
     seed: int = 0,
     save_interval: int = 2,
@@ -41,7 +43,7 @@ def run(
         task=task,
         learner=Learner(task.model, AdamWConfig(), schedule, ema_decay=0.9, clip_grad=1.0),
         train=toy_training(bad=bad),
-        valid=toy_validation(),
+        valid=toy_validation(bad=102 if bad_validation else -1),
         config=TrainerConfig(
             num_steps=steps, eval_interval=3, save_interval=save_interval, log_interval=1, resume=resume
         ),
@@ -164,6 +166,34 @@ def test_non_finite_loss_leaves_the_checkpoints(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match=f"record-{bad}"):
         run(tmp_path, bad=bad, save_interval=100)
     assert all(torch.equal(value, final_state(tmp_path, 4)[name]) for name, value in before.items())
+
+
+def test_non_finite_validation_loss_leaves_everything(tmp_path: Path) -> None:
+    run(tmp_path, steps=4)
+    kept = [path for folder in ("best", "last", "checkpoints") for path in (tmp_path / folder).rglob("*.*")]
+    before = {path: path.read_bytes() for path in kept}
+    with pytest.raises(NonFiniteError, match=r"after step 6 is not finite.* record-102: "):
+        run(tmp_path, bad_validation=True, save_interval=6)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.parametrize("steps", [4, STEPS])
+def test_lost_exports_are_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str], steps: int) -> None:
+    run(tmp_path, steps=steps)
+    shutil.rmtree(tmp_path / "best")
+    shutil.rmtree(tmp_path / "last")
+    assert run(tmp_path).best_step == STEPS
+    assert "is gone: the best model is looked for anew" in "".join(capsys.readouterr())
+    assert (tmp_path / "best" / "config.json").is_file()
+    assert (tmp_path / "last" / "config.json").is_file()
+
+
+def test_other_training_data_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path, steps=2, settings={"model": {}, "records": {"train": "a", "valid": "b"}})
+    run(tmp_path, steps=4, settings={"model": {}, "records": {"train": "a", "valid": "c"}})
+    assert "changed setting: records.valid was b, is c" in capsys.readouterr().out
+    with pytest.raises(CheckpointError, match=r"other training data: records.train was a, is b"):
+        run(tmp_path, settings={"model": {}, "records": {"train": "b", "valid": "c"}})
 
 
 def test_resume_never_and_from_a_path(tmp_path: Path) -> None:
