@@ -161,6 +161,10 @@ def pick_device(name: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+class ElsewhereError(RuntimeError):
+    """Another rank failed and says why; this one only ends."""
+
+
 @contextmanager
 def open_mesh(
     device: str = "auto",
@@ -178,6 +182,7 @@ def open_mesh(
     `parallel_state`. A process group or parallel state that exists already is adopted, and left as it was.
 
     Raises:
+        ElsewhereError: on other ranks than 0, for an error inside the block that rank 0 has as well.
         ValueError: sizes that are not supported or do not fit the number of ranks, or an adopted state of other sizes.
     """
     launch = read_launch()
@@ -207,6 +212,10 @@ def open_mesh(
             data_rank=parallel_state.get_data_parallel_rank(),
             data_group=parallel_state.get_data_parallel_group(),
         )
+    except (ValueError, OSError) as error:
+        if not adopted and _main_rank_failed():
+            raise ElsewhereError("rank 0 failed") from error
+        raise
     finally:
         if made_state:
             from megatron.core import parallel_state
@@ -239,6 +248,22 @@ def _join(launch: Launch, device: torch.device, timeout_minutes: float) -> None:
         timeout=timedelta(minutes=timeout_minutes),
         device_id=device if device.type == "cuda" else None,
     )
+
+
+def _main_rank_failed() -> bool:
+    """Called on a rank that failed: whether it is another than rank 0, and rank 0 failed too, or soon does."""
+    store = dist.distributed_c10d._get_default_store()
+    key = "janus/rank_0_failed"
+    if dist.get_rank() == 0:
+        store.set(key, "1")
+        return False
+    try:
+        store.wait([key], timedelta(seconds=5))
+    except dist.DistNetworkError:  # it was the store's host, and has ended
+        return True
+    except dist.DistStoreError:
+        return False
+    return True
 
 
 def _set_parallel_state(sizes: Mapping[str, int]) -> bool:

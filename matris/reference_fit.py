@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import numpy as np
 from janus.comm.collectives import gather_objects
 from janus.mesh import Mesh
 from matris.data.dataset import StructureDataset
+from matris.data.records import Sample
 from matris.elements import MAX_Z, SYMBOLS, number_of
 
 _ROWS = 1024  # structures between two factorisations
@@ -30,6 +32,7 @@ class LabelStatistics:
         elements: atomic numbers that occur in any structure, with an energy or without.
         squared_force_sum: (eV/A)^2 over all labelled components.
         num_force_components: how many those are.
+        digest: of all structures and labels and their order, 16 hexadecimal digits; the same for every rank count.
         isolated: total energy of structures of one atom without neighbours, eV, by atomic number.
     """
 
@@ -39,6 +42,7 @@ class LabelStatistics:
     elements: frozenset[int]
     squared_force_sum: float
     num_force_components: int
+    digest: str
     isolated: dict[int, float]
 
     def residual(self, energies: np.ndarray) -> float:
@@ -73,6 +77,7 @@ def label_statistics(dataset: StructureDataset, mesh: Mesh) -> LabelStatistics:
         elements=frozenset().union(*(part.elements for part in parts)),
         squared_force_sum=sum(part.squared_force_sum for part in parts),
         num_force_components=sum(part.num_force_components for part in parts),
+        digest=f"{sum(int(part.digest, 16) for part in parts) % 2**64:016x}",
         isolated={number: energy for part in parts for number, energy in part.isolated.items()},
     )
 
@@ -82,13 +87,14 @@ def _own_statistics(dataset: StructureDataset, indices: Iterable[int]) -> LabelS
     rows: list[np.ndarray] = []
     element_counts = np.zeros(MAX_Z, dtype=np.int64)
     elements: set[int] = set()
-    num_energies = num_components = 0
+    num_energies = num_components = digest = 0
     squared = 0.0
     isolated: dict[int, float] = {}
     for index in indices:
         sample = dataset[index]
         numbers, labels = sample.structure.numbers, sample.labels
         elements.update(numbers.tolist())
+        digest += _digest(index, sample)
         if labels.energy is not None:
             counts = np.bincount(numbers - 1, minlength=MAX_Z)
             element_counts += counts > 0
@@ -109,6 +115,7 @@ def _own_statistics(dataset: StructureDataset, indices: Iterable[int]) -> LabelS
         elements=frozenset(elements),
         squared_force_sum=squared,
         num_force_components=num_components,
+        digest=f"{digest % 2**64:016x}",
         isolated=isolated,
     )
 
@@ -148,6 +155,16 @@ def reference_table(energies: np.ndarray, statistics: LabelStatistics) -> str:
         count = int(statistics.element_counts[number])
         lines.append(f"  {SYMBOLS[number + 1]:<9}{count:>11}{energies[number]:>16.6f}")
     return "\n".join(lines)
+
+
+def _digest(index: int, sample: Sample) -> int:
+    """64 bits of what is learned from a record at its place. Their sum does not depend on who adds them up."""
+    structure, labels = sample.structure, sample.labels
+    digest = hashlib.blake2b(f"{index} {labels.energy!r}".encode(), digest_size=8)
+    arrays = (structure.numbers, structure.positions, structure.cell, structure.pbc)
+    for array in (*arrays, labels.forces, labels.stress, labels.magmoms):
+        digest.update(b"-" if array is None else np.ascontiguousarray(array).tobytes())
+    return int.from_bytes(digest.digest(), "big")
 
 
 def _triangle(rows: list[np.ndarray]) -> np.ndarray:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
+from torch import Tensor
 
 import janus
 from janus.comm.collectives import on_main_rank, reduce_max
@@ -28,6 +32,11 @@ from matris.train_config import TrainConfig, to_plain
 
 STOPPED = 143
 """Exit status of a run that a signal ended after its checkpoint was written (128 + SIGTERM, also for SIGUSR1)."""
+
+_ALLOWED = {"fp64": 1e-9, "fp32": 1e-5, "tf32": 1e-3, "bf16-mixed": 1e-2}
+"""Differences that rounding and the order of sums may make between two copies of a model, by precision."""
+_FLOORS = {"energy": 1.0, "forces": 1e-2, "stress": 1e-3, "magmoms": 1e-2}
+"""eV/A, eV/A^3, muB: smaller values count as this large, for differences of zeros are rounding."""
 
 
 def run_training(config: TrainConfig) -> int:
@@ -87,6 +96,7 @@ def _train(config: TrainConfig, setup: Setup, mesh: Mesh, output: Path) -> Outco
         # How a run continues is no property of the run.
         settings={
             **settings,
+            "records": _records(setup),
             "training": {key: settings["training"][key] for key in settings["training"] if key != "resume"},
         },
         provenance={"janus_matris": janus.__version__, "torch": torch.__version__, "settings": settings},
@@ -95,8 +105,19 @@ def _train(config: TrainConfig, setup: Setup, mesh: Mesh, output: Path) -> Outco
     if config.init_from is not None and setup.learner.step == 0:
         _verify_base(config, setup, mesh)
     # Only now: settings that are refused must not replace those of a run that is there.
-    on_main_rank(lambda: _write(output / "config.yaml", yaml.safe_dump(settings, sort_keys=False)), mesh)
+    on_main_rank(lambda: _open_output(output, yaml.safe_dump(settings, sort_keys=False)), mesh)
     return trainer.run()
+
+
+def _records(setup: Setup) -> dict[str, str]:
+    """What stands for the content of each data set when a run is resumed."""
+    records = {"train": f"{len(setup.datasets.train)} structures, digest {setup.statistics.digest}"}
+    for name, dataset in (("valid", setup.datasets.valid), ("test", setup.datasets.test)):
+        if dataset is not None:
+            parts = (dataset.sizes, *vars(dataset.label_presence).values())
+            digest = hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in parts)).hexdigest()
+            records[name] = f"{len(dataset)} structures, digest {digest[:16]}"
+    return records
 
 
 def _verify_base(config: TrainConfig, setup: Setup, mesh: Mesh) -> None:
@@ -106,43 +127,49 @@ def _verify_base(config: TrainConfig, setup: Setup, mesh: Mesh) -> None:
         ValueError: a prediction differs by more than rounding.
     """
     base = load_model(str(config.init_from), precision=Precision(config.training.precision)).to(mesh.device)
+    same_references = torch.equal(base.reference_energies, setup.model.reference_energies)
+    keeps_references = config.data.reference_energies in (None, "base")
+    if keeps_references and not same_references:
+        raise ValueError(
+            f"the reference energies of the model to fine-tune are not those of its base {config.init_from}"
+        )
     dataset = setup.datasets.valid or setup.datasets.train
     source = evaluation_source(dataset, base, mesh, setup.portions)
-    # New reference energies were asked for where they differ: then the network's own part must be the same.
-    same_references = torch.equal(base.reference_energies, setup.model.reference_energies)
-    largest = 0.0
+    largest = dict.fromkeys(_FLOORS, 0.0)
     with setup.learner.ema.applied():
         for micro_batch in source.micro_batches():
             batch = micro_batch.to(mesh.device)
-            ours = setup.task.predict(batch, source.totals, training=False)
-            theirs = base(batch.graph, forces=ours.forces is not None, stress=ours.stress is not None)
-            largest = max(largest, _difference(ours, theirs, same_references))
-    largest = reduce_max(largest, mesh)
-    tolerance = 1e-9 if base.config.params_dtype is torch.float64 else 1e-4
-    if not largest <= tolerance:
+            found = _differences(setup.model(batch.graph), base(batch.graph), batch.graph.atoms_per_structure)
+            largest = {name: float(np.maximum(largest[name], found.get(name, 0.0))) for name in largest}
+    largest = {name: reduce_max(value, mesh) for name, value in largest.items()}
+    allowed = _ALLOWED[config.training.precision]
+    if not all(value <= allowed for value in largest.values()):
+        differences = ", ".join(f"{name} {value:.3g}" for name, value in largest.items())
         raise ValueError(
-            f"the model to fine-tune differs from its base {config.init_from} before the first update: predictions on "
-            f"{len(dataset)} structures differ by up to {largest:.3g} of their size, allowed is {tolerance:g}"
+            f"the model to fine-tune differs from its base {config.init_from} before the first update: on "
+            f"{len(dataset)} structures the largest differences (energy in eV/atom, the others relative) are "
+            f"{differences}; allowed is {allowed:g}"
         )
     if mesh.is_main:
-        part = "" if same_references else ", reference energies aside"
+        part = "" if keeps_references else ", reference energies aside"
         print(
-            f"predictions on {len(dataset)} structures are those of {config.init_from} "
-            f"(largest relative difference {largest:.1g}{part})"
+            f"predictions on {len(dataset)} structures are those of {config.init_from} (largest differences: "
+            f"energy {largest['energy']:.1g} eV/atom, forces {largest['forces']:.1g} of their size{part})"
         )
 
 
-def _difference(ours: Prediction, theirs: Prediction, same_references: bool) -> float:
-    """Largest difference of energies, forces and stress, each relative to the largest of its kind."""
-    name = "energy" if same_references else "interaction_energy"
-    pairs = [(getattr(ours, kind), getattr(theirs, kind)) for kind in (name, "forces", "stress")]
-    largest = 0.0
-    for first, second in pairs:
-        if first is not None:
-            first, second = first.nan_to_num(), second.nan_to_num()  # no volume, no stress
-            size = max(float(second.abs().max()), 1e-12)
-            largest = max(largest, float((first - second).abs().max()) / size)
-    return largest
+def _differences(ours: Prediction, theirs: Prediction, num_atoms: Tensor) -> dict[str, float]:
+    """Largest difference of the interaction energy in eV/atom, and of all else relative to its largest value."""
+    energy = (ours.interaction_energy - theirs.interaction_energy) / num_atoms
+    found = {"energy": float(energy.abs().max())}
+    for name in ("forces", "stress", "magmoms"):
+        first, second = getattr(ours, name), getattr(theirs, name)
+        if first is None or second is None:
+            continue
+        known = ~torch.isnan(second) if name == "stress" else torch.ones_like(second, dtype=torch.bool)  # no volume
+        difference = torch.where(known, first - second, 0.0).abs().max()
+        found[name] = float(difference / second[known].abs().max().clamp(min=_FLOORS[name])) if known.any() else 0.0
+    return found
 
 
 def _finish(setup: Setup, mesh: Mesh, output: Path, outcome: Outcome, precision: Precision, seconds: float) -> None:
@@ -175,9 +202,29 @@ def _check_output(output: Path, wandb_project: str | None) -> None:
     """Fails before the training, not at its first record or checkpoint."""
     if wandb_project is not None:
         require_wandb(wandb_project)
-    output.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=output):
+    check_writable(output)
+
+
+def check_writable(folder: Path) -> None:
+    """Fails now, not at the end, if files cannot be made in a folder; makes nothing that stays.
+
+    Raises:
+        OSError: naming the path.
+    """
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    with tempfile.TemporaryFile(dir=existing):
         pass
+
+
+def _open_output(output: Path, settings: str) -> None:
+    """Makes the run directory; removes what a kill in the middle of an export left in it."""
+    output.mkdir(parents=True, exist_ok=True)
+    for name in ("best", "last"):
+        for stale in output.glob(f".{name}.*"):
+            if (stale / name).is_dir() and not (output / name).exists():  # moved aside, and nothing in its place yet
+                (stale / name).rename(output / name)
+            shutil.rmtree(stale)
+    _write(output / "config.yaml", settings)
 
 
 def _write(path: Path, text: str) -> None:

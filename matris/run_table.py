@@ -30,6 +30,9 @@ def run_table(config: TrainConfig, setup: Setup, mesh: Mesh) -> str:
     ]
     if missing:
         rows.append(("no labels", f"{', '.join(missing)}: the weight in the loss has nothing to act on"))
+    ignored = [name for name in ("charge", "spin") if _differs(setup, name)]
+    if ignored:
+        rows.append(("not used", f"{' and '.join(ignored)} of the structures differ, and this model does not see them"))
     rows += [
         (
             "model",
@@ -38,7 +41,7 @@ def run_table(config: TrainConfig, setup: Setup, mesh: Mesh) -> str:
             + (f", from {config.init_from}" if config.init_from else ""),
         ),
         ("ranks", f"{mesh.world_size} x {mesh.device.type}, data-parallel; precision {training.precision}"),
-        ("batch", _batch(setup, mesh)),
+        ("batch", _batch(config, setup, mesh)),
         ("micro-batch", _budget(config)),
         (
             "steps",
@@ -67,20 +70,34 @@ def _dataset(dataset: StructureDataset) -> str:
     )
 
 
-def _batch(setup: Setup, mesh: Mesh) -> str:
+def _differs(setup: Setup, name: str) -> bool:
+    """Whether a total charge or spin is not the same in all data sets."""
+    datasets = (setup.datasets.train, setup.datasets.valid, setup.datasets.test)
+    stores = [store for dataset in datasets if dataset is not None for store in dataset.stores]
+    return len(np.unique(np.concatenate([store.column(name) for store in stores]))) > 1
+
+
+def _batch(config: TrainConfig, setup: Setup, mesh: Mesh) -> str:
     """What the global batch means for a rank, from the plans of the first steps."""
     sizes = setup.datasets.train.sizes
-    pieces, imbalance = [], []
+    pieces, imbalance, counts = [], [], []
     for step in range(min(_PLANNED_STEPS, setup.num_steps)):
         own = sizes[setup.sampler.indices(step)]
         assert setup.portions.budget is not None
         plan = plan_micro_batches(own, num_ranks=mesh.data, budget=setup.portions.budget)
+        counts.append(len(own))
         pieces += [len(share) for share in plan]
         loads = [sum(int(own[part].sum()) for part in share) for share in plan]
         imbalance.append(max(loads) / (sum(loads) / len(loads)))
-    size = setup.portions.batch_size
+    data = config.data
+    size = data.structures_per_update or float(np.mean(counts))
+    limits = {"atoms": data.global_max_atoms, "edges": data.global_max_edges, "angles": data.global_max_angles}
+    budget = ", ".join(f"{_count(limit)} {name}" for name, limit in limits.items() if limit is not None)
+    given = (
+        f"at most {budget} per update, on average {size:.3g} structures" if budget else f"{size} structures per update"
+    )
     return (
-        f"{size} structures per update over all ranks = {size / mesh.data:.3g} per rank, in {np.mean(pieces):.3g} "
+        f"{given} over all ranks = {size / mesh.data:.3g} per rank, in {np.mean(pieces):.3g} "
         f"micro-batches (at most {max(pieces)}); the busiest rank has {np.mean(imbalance):.3f} times the mean work"
     )
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from janus.comm.collectives import on_main_rank
 from janus.data.loader import StepLoader
+from janus.data.packing import Budget, check_fits
 from janus.data.sampler import GlobalBatchSampler
 from janus.mesh import Mesh
 from janus.optim import AdamWConfig, DecayStyle, Schedule
@@ -16,13 +18,15 @@ from matris.config import ModelConfig, Precision
 from matris.data.dataset import MicroBatch, StructureDataset, graph_budget, label_totals, open_dataset
 from matris.data.frames import refuse_idle_keys
 from matris.data.labels import LabelKeys, StressUnit
+from matris.data.records import LABEL_NAMES
+from matris.elements import SYMBOLS
 from matris.evaluation import Portions, collate_for, evaluation_source
 from matris.exported import load_model, read_config
 from matris.model import MatRIS
 from matris.precision import set_precision
 from matris.reference_fit import LabelStatistics, label_statistics, reference_energies
 from matris.task import MatRISTask
-from matris.train_config import DataConfig, OptimConfig, TrainConfig
+from matris.train_config import DEFAULT_BATCH_SIZE, DataConfig, OptimConfig, TrainConfig, to_plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,12 +83,19 @@ def build_setup(config: TrainConfig, mesh: Mesh) -> Setup:
     datasets = _open_datasets(config, hyper)
     statistics = label_statistics(datasets.train, mesh)
     model = _build_model(config, hyper, statistics).to(mesh.device)
+    # Weight decay would wear off a head that nothing trains.
+    model.predicts_magmoms = config.loss.magmoms_weight > 0.0
+    model.readout.magmom.requires_grad_(model.predicts_magmoms)
     task = MatRISTask(model, config.loss, datasets.train.task_names)
     sampler = GlobalBatchSampler(
-        len(datasets.train), global_batch_size=data.global_batch_size, seed=config.training.seed
+        len(datasets.train),
+        sizes=datasets.train.sizes,
+        global_batch_size=data.structures_per_update,
+        global_budget=_global_budget(data, datasets.train),
+        seed=config.training.seed,
     )
     steps_per_epoch = sampler.first_step(1)
-    num_steps = config.training.train_iters or steps_per_epoch * (config.training.train_epochs or 0)
+    num_steps = config.training.train_iters or sampler.first_step(config.training.train_epochs or 0)
     learner = Learner(
         model,
         _adamw(config.optim),
@@ -93,7 +104,8 @@ def build_setup(config: TrainConfig, mesh: Mesh) -> Setup:
         clip_grad=config.optim.clip_grad,
     )
     portions = Portions(
-        batch_size=data.global_batch_size,
+        # With a global budget: about as many structures as an update has.
+        batch_size=data.structures_per_update or max(DEFAULT_BATCH_SIZE, len(datasets.train) // steps_per_epoch),
         budget=graph_budget(max_atoms=data.max_atoms, max_edges=data.max_edges, max_angles=data.max_angles),
         num_workers=data.num_workers,
     )
@@ -139,10 +151,15 @@ def hyper_parameters(config: TrainConfig) -> ModelConfig:
     if config.init_from is None:
         return config.model
     base = ModelConfig.from_dict(read_config(Path(config.init_from))["model"])
-    if config.model not in (ModelConfig(), base):
+    differing = []
+    for entry in fields(ModelConfig):
+        asked, has = getattr(config.model, entry.name), getattr(base, entry.name)
+        if asked != has and (entry.name in config.given_model or asked != entry.default):
+            differing.append(f"model.{entry.name} is {to_plain(asked)}, the base has {to_plain(has)}")
+    if differing:
         raise ValueError(
             f"model settings differ from those of init_from {config.init_from}, whose weights fit no others: "
-            "leave all --model options out"
+            f"{'; '.join(differing)}. Leave --preset and all --model options out"
         )
     return base
 
@@ -166,11 +183,53 @@ def _open_datasets(config: TrainConfig, hyper: ModelConfig) -> Datasets:
 
     # Stress may be missing everywhere (molecules); what has a weight otherwise must be in some structure.
     wanted = [name for name in ("energy", "forces", "magmoms") if getattr(weights, f"{name}_weight") > 0.0]
-    train, valid = open_set(data.train, wanted), open_set(data.valid, [])
+    train = open_set(data.train, wanted)
     assert train is not None
+    # What is learned is validated: a term without labels would be zero, and the untrained model the best.
+    weighted = [name for name in LABEL_NAMES if getattr(weights, f"{name}_weight") > 0.0]
+    learned = [name for name in weighted if getattr(train.label_presence, name).any()]
+    valid, test = open_set(data.valid, learned), open_set(data.test, [])
+    for name, dataset in (("train", train), ("valid", valid), ("test", test)):
+        if dataset is None:
+            continue
+        if not any(present.any() for present in vars(dataset.label_presence).values()):
+            raise ValueError(f"data.{name} has no label at all: {', '.join(getattr(data, name))}")
+        if dataset.task_names != train.task_names[:1]:
+            found = sorted({*train.task_names, *dataset.task_names})
+            raise ValueError(
+                f"data.{name} brings several levels of theory together (task names {', '.join(found)}): one model for "
+                "several of them is not supported yet; give training, validation and test data of a single one"
+            )
     if valid is None and data.valid_fraction > 0.0:
+        if round(data.valid_fraction * len(train)) >= len(train) or len(train) < 2:
+            largest = math.floor(1000 * (len(train) - 1) / len(train)) / 1000
+            raise ValueError(
+                f"data.valid_fraction is {data.valid_fraction:g}, which leaves nothing of the {len(train)} training "
+                f"structures to learn from: choose at most {largest:g}, or give data.valid"
+            )
         train, valid = train.split(data.valid_fraction, config.training.seed)
-    return Datasets(train=train, valid=valid, test=open_set(data.test, []))
+        if not any(getattr(valid.label_presence, name).any() for name in learned):
+            raise ValueError(
+                f"the {len(valid)} structures set aside by data.valid_fraction {data.valid_fraction:g} have none of "
+                f"the labels that are learned ({', '.join(learned)}): choose a larger fraction, or give data.valid"
+            )
+    return Datasets(train=train, valid=valid, test=test)
+
+
+def _global_budget(data: DataConfig, train: StructureDataset) -> Budget | None:
+    """Limits of an update; None where it has a number of structures.
+
+    Raises:
+        ValueError: structures that exceed it on their own.
+    """
+    if not data.has_global_budget:
+        return None
+    budget = Budget(
+        limits=(data.global_max_atoms, data.global_max_edges, data.global_max_angles),
+        names=("atoms per update", "edges per update", "angles per update"),
+    )
+    check_fits(train.sizes, budget, train.identifier)
+    return budget
 
 
 def _label_keys(data: DataConfig) -> LabelKeys:
@@ -187,14 +246,23 @@ def _label_keys(data: DataConfig) -> LabelKeys:
 def _build_model(config: TrainConfig, hyper: ModelConfig, statistics: LabelStatistics) -> MatRIS:
     """New, or the base model, with its elements, reference energies and energy scale."""
     precision = Precision(config.training.precision)
+    elements_of_base: tuple[int, ...] = ()
     if config.init_from is None:
         model = MatRIS(hyper, precision=precision, seed=config.training.seed)
         model.elements = tuple(sorted(statistics.elements))
     else:
         model = load_model(config.init_from, precision=precision)
+        elements_of_base = model.elements
         model.elements = tuple(sorted(statistics.elements.union(model.elements)))
     source = config.data.reference_energies or ("fit" if config.init_from is None else "base")
-    if source != "base":
+    if source == "base":
+        unknown = sorted(statistics.elements.difference(elements_of_base))
+        if unknown:
+            raise ValueError(
+                f"the training data has {', '.join(SYMBOLS[number] for number in unknown)}, for which the base model "
+                f"{config.init_from} has no reference energy: give --data.reference_energies fit"
+            )
+    else:
         energies = reference_energies(source, statistics)
         model.set_reference_energies(dict(enumerate(energies.tolist(), start=1)))
     if config.init_from is None:

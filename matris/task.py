@@ -26,8 +26,7 @@ class MatRISTask:
 
     Args:
         model: on the device to compute on.
-        loss: weights and kinds of the terms. The head of the magnetic moments is frozen if their weight is zero:
-            otherwise weight decay would wear it off.
+        loss: weights and kinds of the terms.
         task_names: levels of theory in the data; errors are summed for each.
     """
 
@@ -38,8 +37,6 @@ class MatRISTask:
         self.loss_config = loss
         self.task_names = tuple(task_names)
         self.num_sums = len(_TERMS) + len(self.task_names) * len(QUANTITIES) * 3
-        model.predicts_magmoms = loss.magmoms_weight > 0.0
-        model.readout.magmom.requires_grad_(model.predicts_magmoms)
 
     def loss(self, micro_batch: MicroBatch, totals: LabelTotals, *, training: bool) -> MicroLoss:
         """Loss and error sums of a micro-batch, normalised by the totals of the global batch."""

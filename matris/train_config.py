@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from matris.config import LossConfig, ModelConfig
 
+DEFAULT_BATCH_SIZE = 16
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -17,8 +19,14 @@ class DataConfig:
         train: training data: HDF5 stores of `janus-matris prepare`, or files that ASE reads (prepared on first use).
         valid: validation data; empty: `valid_fraction` of the training data.
         test: test data, evaluated with the best model at the end.
-        valid_fraction: share of the training structures that is set aside, by `training.seed`, where `valid` is empty.
-        global_batch_size: structures per update, over all ranks and micro-batches together.
+        valid_fraction: share of the training structures that is set aside, by `training.seed`, where `valid` is empty;
+            leave it out where `valid` is given.
+        global_batch_size: structures per update, over all ranks and micro-batches together; 16 unless one of the next
+            three is given.
+        global_max_atoms: in place of `global_batch_size`: atoms per update, over all ranks and micro-batches together;
+            an update takes as many structures as fit.
+        global_max_edges: likewise, directed edges per update.
+        global_max_angles: likewise, angles per update.
         max_atoms: atoms per micro-batch of one rank; a larger share is cut and its gradients accumulated.
         max_edges: directed edges per micro-batch.
         max_angles: angles per micro-batch.
@@ -41,7 +49,10 @@ class DataConfig:
     valid: list[str] = field(default_factory=list)
     test: list[str] = field(default_factory=list)
     valid_fraction: float = 0.1
-    global_batch_size: int = 16
+    global_batch_size: int | None = None
+    global_max_atoms: int | None = None
+    global_max_edges: int | None = None
+    global_max_angles: int | None = None
     max_atoms: int | None = None
     max_edges: int | None = None
     max_angles: int | None = None
@@ -57,14 +68,23 @@ class DataConfig:
     energy_scale: float | Literal["rms_forces"] = "rms_forces"
 
     def __post_init__(self) -> None:
-        _check_at_least("data.global_batch_size", self.global_batch_size, 1)
         _check_at_least("data.num_workers", self.num_workers, 0)
-        for name in ("max_atoms", "max_edges", "max_angles"):
+        limits = ("max_atoms", "max_edges", "max_angles")
+        for name in ("global_batch_size", *limits, *(f"global_{limit}" for limit in limits)):
             if (value := getattr(self, name)) is not None:
                 _check_at_least(f"data.{name}", value, 1)
         if not 0.0 <= self.valid_fraction < 1.0:
             raise ValueError(
                 f"data.valid_fraction is {self.valid_fraction}: it must be at least 0 (no validation) and below 1"
+            )
+        if self.valid and self.valid_fraction not in (0.0, DataConfig.valid_fraction):
+            raise ValueError(
+                f"data.valid_fraction is {self.valid_fraction}, and data.valid names files: give one of them"
+            )
+        if self.global_batch_size is not None and self.has_global_budget:
+            raise ValueError(
+                f"data.global_batch_size is {self.global_batch_size} beside data.global_max_atoms, global_max_edges or "
+                "global_max_angles: an update has either a number of structures or a budget; leave one of them out"
             )
         if not isinstance(self.energy_scale, str) and not self.energy_scale > 0.0:
             raise ValueError(f"data.energy_scale is {self.energy_scale} eV: it must be positive")
@@ -74,6 +94,16 @@ class DataConfig:
                 f"data.reference_energies is {self.reference_energies!r}: allowed are fit, none, isolated, base, "
                 "or the path of a .json file"
             )
+
+    @property
+    def has_global_budget(self) -> bool:
+        """Whether an update takes as many structures as fit into a budget."""
+        return (self.global_max_atoms, self.global_max_edges, self.global_max_angles) != (None, None, None)
+
+    @property
+    def structures_per_update(self) -> int | None:
+        """Size of the global batch; None with a global budget."""
+        return None if self.has_global_budget else self.global_batch_size or DEFAULT_BATCH_SIZE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,6 +242,8 @@ class TrainConfig:
         parallel: over which ranks.
         init_from: model directory to fine-tune; its predictions are verified before the first update.
         dry_run: build everything, print what the run would be, write nothing.
+        given_model: names of the hyper-parameters that were asked for, also those with their default value; no setting
+            itself.
     """
 
     data: DataConfig
@@ -222,6 +254,7 @@ class TrainConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     init_from: str | None = None
     dry_run: bool = False
+    given_model: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         if not self.data.train:
@@ -238,7 +271,7 @@ class TrainConfig:
 def to_plain(value: Any) -> Any:
     """Settings as JSON- and YAML-ready values: dataclasses as dictionaries, enums by value, tuples as lists."""
     if is_dataclass(value):
-        return {entry.name: to_plain(getattr(value, entry.name)) for entry in fields(value)}
+        return {entry.name: to_plain(getattr(value, entry.name)) for entry in fields(value) if entry.compare}
     if isinstance(value, Enum):
         return value.value
     return list(value) if isinstance(value, tuple) else value

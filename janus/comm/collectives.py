@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from janus.mesh import Mesh
+from janus.mesh import ElsewhereError, Mesh
 
 T = TypeVar("T")
 
@@ -85,10 +85,6 @@ def broadcast_object(value: Any, mesh: Mesh) -> Any:
     dist.broadcast_object_list(holder, src=0)
     mesh.ledger.record("broadcast_object", 0)
     return holder[0]
-
-
-class ElsewhereError(RuntimeError):
-    """Another rank failed and says why; this one only ends."""
 
 
 def on_main_rank(function: Callable[[], T], mesh: Mesh) -> T:

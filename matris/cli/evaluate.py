@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from matris.cli.label_options import add_label_options, label_keys
+from matris.cli.label_options import HelpFormatter, add_label_options, label_keys
 from matris.config import Precision
 
 
@@ -17,7 +17,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Errors of a model on labelled structures, over all of them and per task (level of theory): energy "
         "per atom, force components, Voigt components of the stress, magnetic moments. Several processes (torchrun, "
         "srun, mpirun) share the structures; the errors stay exact.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--model", required=True, metavar="DIR", help="model directory, such as best/ of a run")
     parser.add_argument(
@@ -45,7 +45,18 @@ def main(arguments: list[str]) -> int:
     """Run the verb. Raises ValueError or OSError for a user's mistake."""
     options = build_parser().parse_args(arguments)
 
-    from janus.comm.collectives import ElsewhereError, on_main_rank
+    from janus.comm.collectives import ElsewhereError
+
+    try:
+        return _evaluate(options)
+    except ElsewhereError:
+        return 2  # rank 0 says why
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    import numpy as np
+
+    from janus.comm.collectives import on_main_rank
     from janus.mesh import open_mesh
     from matris.data.dataset import StructureDataset, graph_budget, open_dataset
     from matris.data.frames import refuse_idle_keys
@@ -54,10 +65,13 @@ def main(arguments: list[str]) -> int:
     from matris.metrics import metrics_line
     from matris.plots import plot_parity
     from matris.precision import set_precision
+    from matris.run import check_writable
 
-    if options.output.is_dir():
-        raise ValueError(f"output {options.output} is a directory: give the name of a JSON file")
-    options.output.parent.mkdir(parents=True, exist_ok=True)
+    plot = options.plot or options.output.with_suffix(".png")
+    for name, path in (("output", options.output), ("plot", plot)):
+        if path.is_dir():
+            raise ValueError(f"{name} {path} is a directory: give the name of a file")
+        check_writable(path.parent)
     with open_mesh(options.device) as mesh:
         precision = set_precision(options.precision, mesh.device)
         model = load_model(options.model, precision=precision).to(mesh.device)
@@ -70,14 +84,19 @@ def main(arguments: list[str]) -> int:
                 pairwise_cutoff=model.hyper.pairwise_cutoff,
                 three_body_cutoff=model.hyper.three_body_cutoff,
                 keys=label_keys(options),
+                wanted=(),
                 cache_dir=options.cache_dir,
                 num_workers=options.num_workers,
             )
 
-        try:
-            on_main_rank(lambda: len(open_data()), mesh)
-        except ElsewhereError:
-            return 2  # rank 0 says why
+        on_main_rank(lambda: len(open_data()), mesh)  # prepares raw files
+        dataset = open_data()
+        if not any(present.any() for present in vars(dataset.label_presence).values()):
+            raise ValueError(
+                f"{', '.join(options.data)}: no structure has a label, so there is nothing to compare with"
+            )
+        for store in dataset.stores:
+            model.check_elements(np.unique(store.column("numbers")))
         portions = Portions(
             batch_size=options.batch_size,
             budget=graph_budget(
@@ -85,14 +104,15 @@ def main(arguments: list[str]) -> int:
             ),
             num_workers=options.num_workers,
         )
-        evaluation = evaluate_dataset(model, open_data(), mesh, portions)
+        evaluation = evaluate_dataset(model, dataset, mesh, portions)
         if mesh.is_main:
+            for path in (options.output, plot):
+                path.parent.mkdir(parents=True, exist_ok=True)
             temporary = options.output.with_name(options.output.name + ".tmp")
             temporary.write_text(
                 json.dumps({"model": options.model, "data": options.data, **evaluation.report}, indent=1)
             )
             temporary.replace(options.output)
-            plot = options.plot or options.output.with_suffix(".png")
             plot_parity(evaluation.points, evaluation.report, plot)
             print(f"{evaluation.report['num_structures']} structures  {metrics_line(evaluation.report)}")
             print(f"written: {options.output} and {plot}")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from matris.config import LossConfig, ModelConfig
 from matris.presets import PRESETS
@@ -31,19 +31,30 @@ Units: eV, Angstrom, eV/A, stress eV/A^3 (tensile positive), Bohr magneton."""
 
 def main(arguments: list[str]) -> int:
     """Run the verb. Raises ValueError or OSError for a user's mistake."""
-    config = parse(arguments)
+    try:
+        config = parse(arguments)
+    except ValueError:
+        # All ranks have the same command line.
+        if _is_main():
+            raise
+        return 2
 
     from janus.comm.collectives import ElsewhereError
-    from janus.mesh import read_launch
     from janus.training.step import NonFiniteError
     from matris.run import run_training
 
     try:
         return run_training(config)
     except (ElsewhereError, NonFiniteError):
-        if read_launch().rank == 0:
+        if _is_main():
             raise
         return 2  # rank 0 says why
+
+
+def _is_main() -> bool:
+    from janus.mesh import read_launch
+
+    return read_launch().rank == 0
 
 
 def parse(arguments: Sequence[str]) -> TrainConfig:
@@ -55,14 +66,16 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     parser = build_parser()
     try:
         options = parser.parse_args(_join_lists(arguments))
+        given = tuple(vars(parser.parse_args(_join_lists(arguments), defaults=False).get("model", Namespace())))
         if options.preset is not None:
+            given = tuple(entry.name for entry in fields(ModelConfig))
             hyper = PRESETS[options.preset]
             parser.set_defaults({f"model.{entry.name}": getattr(hyper, entry.name) for entry in fields(hyper)})
             options = parser.parse_args(_join_lists(arguments))
     except ArgumentError as error:
         raise ValueError(f"{' '.join(str(error).split())} (janus-matris train --help lists all options)") from None
     groups: dict[str, Any] = {name: group(**vars(options[name])) for name, group in _GROUPS.items()}
-    return TrainConfig(**groups, init_from=options.init_from, dry_run=options.dry_run)
+    return TrainConfig(**groups, init_from=options.init_from, dry_run=options.dry_run, given_model=given)
 
 
 def build_parser() -> ArgumentParser:

@@ -293,7 +293,10 @@ def _exclusive(folder: Path, wait: bool) -> Iterator[Path]:
     """The folder, made if needed, for this process alone; the lock ends with the process, however it ends."""
     while True:
         folder.mkdir(exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            descriptor = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:  # the process before removed it in between
+            continue
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -303,11 +306,18 @@ def _exclusive(folder: Path, wait: bool) -> Iterator[Path]:
                 logger.info("waiting for another process that prepares %s", folder)
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
             # The process before may have finished and removed the folder that this lock is on.
-            if folder.exists() and os.path.samestat(os.fstat(descriptor), os.stat(folder)):
+            if _is_still(folder, descriptor):
                 yield folder
                 return
         finally:
             os.close(descriptor)
+
+
+def _is_still(folder: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(folder))
+    except FileNotFoundError:
+        return False
 
 
 def _log(report: PrepareReport, keys: LabelKeys) -> None:

@@ -65,8 +65,9 @@ def predictions(setup: Setup, mesh: Mesh) -> dict[str, dict[str, np.ndarray]]:
 def term_gradients(setup: Setup, mesh: Mesh, term: str) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and weight gradients of one term alone, summed over ranks."""
     task = MatRISTask(setup.model, single_term(term), setup.task.task_names)
-    # The frozen head of the magnetic moments is part of the comparison.
+    # The head of the magnetic moments, which the other terms freeze, is part of the comparison.
     setup.model.readout.magmom.requires_grad_(True)
+    setup.model.predicts_magmoms = True
     (batch, *_) = setup.train.batches(0)
     setup.learner.zero_gradients()
     losses = accumulate_gradients(task, batch.micro_batches, setup.train.totals(batch.indices), setup.learner)

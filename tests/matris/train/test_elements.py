@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import ase.io
+import pytest
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from janus.mesh import Mesh
@@ -31,5 +32,8 @@ def test_elements_of_the_training_data(tmp_path: Path) -> None:
     base = MatRIS(TINY)
     base.elements = (1, 8)
     save_model(base, tmp_path / "base", provenance={})
-    tuned = settings(tmp_path, loss=LossConfig(), init_from=str(tmp_path / "base"))
+    tuned = settings(tmp_path, loss=LossConfig(), init_from=str(tmp_path / "base"), data={"reference_energies": "none"})
     assert build_setup(tuned, Mesh()).model.elements == tuple(sorted(present | {1, 8}))
+    kept = settings(tmp_path, loss=LossConfig(), init_from=str(tmp_path / "base"))
+    with pytest.raises(ValueError, match=r"has no reference energy: give --data.reference_energies fit"):
+        build_setup(kept, Mesh())

@@ -263,6 +263,17 @@ def test_base_of_other_hyper_parameters_is_refused(
     words = ["--init_from", str(finished / "best"), "--model.num_layers", "2"]
     assert main(options(folder, folder / "other", *words)) == 2
     assert "whose weights fit no others" in capsys.readouterr().err
+    # Also where the value asked for is the default.
+    words = ["--init_from", str(finished / "best"), "--model.hidden_size", "128"]
+    assert main(options(folder, folder / "other", *words)) == 2
+    assert "model.hidden_size is 128, the base has 8" in capsys.readouterr().err
+
+
+def test_ranks_say_a_mistake_once(folder: Path) -> None:
+    process = in_process(options(folder, folder / "twice", "--data.max_atoms", "3"), ranks=2)
+    shown = process.communicate(timeout=90)[0]
+    assert process.returncode != 0
+    assert shown.count("exceed the budget") == 1
 
 
 def test_base_that_is_corrupt_is_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

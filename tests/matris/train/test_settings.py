@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from matris.cli import normalise_option_names
+from matris.cli.train import main as train_main
 from matris.cli.train import parse
 from matris.config import AngularBasis, LossKind, ModelConfig
 from matris.train_config import TrainConfig, to_plain
@@ -86,6 +87,12 @@ def test_examples_are_valid(path: Path) -> None:
         ("--data.train a --training.train_iters 5 --parallel.tensor_model_parallel_size 2", "supports only 1"),
         ("--data.train a --training.train_iters 5 --parallel.context_parallel_size 4", "supports only 1"),
         ("--data.train a --training.train_iters 5 --model.num_layers 0", "model.num_layers is 0"),
+        ("--data.train a --training.train_iters 5 --data.valid b --data.valid_fraction 0.5", "give one of them"),
+        (
+            "--data.train a --training.train_iters 5 --data.global_batch_size 4 --data.global_max_atoms 9",
+            "leave one of",
+        ),
+        ("--data.train a --training.train_iters 5 --data.global_max_edges 0", "data.global_max_edges is 0"),
         ("--config nowhere.yaml", "nowhere.yaml"),
     ],
 )
@@ -93,6 +100,27 @@ def test_wrong_settings_are_refused_in_one_line(words: str, message: str) -> Non
     with pytest.raises(ValueError, match=message) as raised:
         parse(words.split())
     assert "\n" not in str(raised.value)
+
+
+def test_size_of_an_update() -> None:
+    assert parse(LEAST).data.structures_per_update == 16
+    assert parse([*LEAST, "--data.global_batch_size", "3"]).data.structures_per_update == 3
+    assert parse([*LEAST, "--data.global_max_atoms", "300"]).data.structures_per_update is None
+
+
+def test_model_options_that_were_given() -> None:
+    assert parse(LEAST).given_model == ()
+    assert parse([*LEAST, "--model.num_layers", "4"]).given_model == ("num_layers",)
+    assert "hidden_size" in parse([*LEAST, "--preset", "s"]).given_model
+
+
+def test_other_ranks_leave_the_message_to_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert train_main(["--optim.lr", "0"]) == 2
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ValueError, match=r"optim.lr"):
+        train_main(["--optim.lr", "0"])
 
 
 def test_frozen() -> None:
