@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -21,37 +22,60 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Axis:
+    """One axis of the rank grid, as this rank sees it: the ranks that differ from it in this coordinate alone.
+
+    Attributes:
+        name: for messages and the ledger.
+        size: number of ranks.
+        rank: index of this one, 0..size-1.
+        members: their ranks among all processes, by index.
+        group: process group; None where there is one rank.
+        ledger: counts the collectives.
+    """
+
+    name: str
+    size: int = 1
+    rank: int = 0
+    members: tuple[int, ...] = (0,)
+    group: ProcessGroup | None = None
+    ledger: Ledger = field(default_factory=Ledger, repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """This process's place among all ranks. Six axes multiply to `world_size`; so far only `data` may exceed 1.
+    """This process's place among all ranks.
+
+    The ranks form a grid data x shard x graph x tensor, the last axis fastest, which is Megatron's order tp-cp-dp: its
+    tensor-parallel group is the tensor axis, its context-parallel group the graph axis, its data-parallel group the
+    axes data and shard together.
 
     Attributes:
         rank: index of this process, 0..world_size-1; rank 0 writes files and talks to the user.
         world_size: number of processes.
         local_rank: index among the processes of this machine.
         device: where this rank computes.
-        data: replicas of the model, each with its share of the global batch.
-        shard: ranks that share one replica's parameters and optimizer state.
-        graph: ranks that share the atoms of one structure (Megatron's context-parallel group).
+        data: replicas of all that one shard group holds.
+        shard: ranks that share parameters and optimizer state, each with structures of its own.
+        graph: ranks that share the atoms of the same structures (Megatron's context-parallel group).
         tensor: ranks that share each matrix product.
-        expert: ranks that share the experts.
-        pipeline: ranks that share the layers.
-        data_rank: index on the data axis.
-        data_group: process group of the data axis; None without torch.distributed.
-        ledger: counts every collective that this mesh ran.
+        batch: data and shard together: the ranks with different structures.
+        replicas: data, shard and graph together: the ranks whose gradients of a weight are parts of one sum.
+        shard_replicas: data and graph together: the same for a weight that the shard axis shares.
+        ledger: counts every collective of this process.
     """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    data: int = 1
-    shard: int = 1
-    graph: int = 1
-    tensor: int = 1
-    expert: int = 1
-    pipeline: int = 1
-    data_rank: int = 0
-    data_group: ProcessGroup | None = None
+    data: Axis = Axis(name="data")
+    shard: Axis = Axis(name="shard")
+    graph: Axis = Axis(name="graph")
+    tensor: Axis = Axis(name="tensor")
+    batch: Axis = Axis(name="batch")
+    replicas: Axis = Axis(name="replicas")
+    shard_replicas: Axis = Axis(name="shard_replicas")
     ledger: Ledger = field(default_factory=Ledger)
 
     @property
@@ -188,8 +212,7 @@ def open_mesh(
     launch = read_launch()
     adopted = dist.is_available() and dist.is_initialized()
     world_size = dist.get_world_size() if adopted else launch.world_size
-    sizes = {"shard": shard, "graph": graph, "tensor": tensor, "expert": expert, "pipeline": pipeline}
-    _check_sizes(sizes, world_size)
+    layout = _Layout.of(world_size, shard=shard, graph=graph, tensor=tensor, expert=expert, pipeline=pipeline)
     place = pick_device(device, launch.local_rank)
     if place.type == "cuda":
         torch.cuda.set_device(place)
@@ -200,18 +223,8 @@ def open_mesh(
         _join(launch, place, timeout_minutes)
     made_state = False
     try:
-        made_state = _set_parallel_state(sizes)
-        from megatron.core import parallel_state
-
-        yield Mesh(
-            rank=dist.get_rank(),
-            world_size=world_size,
-            local_rank=launch.local_rank,
-            device=place,
-            data=world_size,
-            data_rank=parallel_state.get_data_parallel_rank(),
-            data_group=parallel_state.get_data_parallel_group(),
-        )
+        made_state = _set_parallel_state(layout)
+        yield _mesh_of_state(layout, launch.local_rank, place)
     except (ValueError, OSError) as error:
         if not adopted and _main_rank_failed():
             raise ElsewhereError("rank 0 failed") from error
@@ -225,14 +238,31 @@ def open_mesh(
             dist.destroy_process_group()
 
 
-def _check_sizes(sizes: Mapping[str, int], world_size: int) -> None:
-    """Refuses sizes that this version cannot run."""
-    for axis, size in sizes.items():
-        if size != 1:
+@dataclass(frozen=True, kw_only=True)
+class _Layout:
+    """Sizes of the axes; they multiply to the number of ranks."""
+
+    data: int
+    shard: int
+    graph: int
+    tensor: int
+
+    @staticmethod
+    def of(world_size: int, *, shard: int, graph: int, tensor: int, expert: int, pipeline: int) -> _Layout:
+        """The layout of so many ranks, or a ValueError that says what would fit."""
+        for axis, size in (("shard", shard), ("graph", graph), ("tensor", tensor)):
+            if size < 1:
+                raise ValueError(f"parallel size of the {axis} axis is {size}: it must be at least 1")
+        for axis, size in (("expert", expert), ("pipeline", pipeline)):
+            if size != 1:
+                raise ValueError(f"parallel size of the {axis} axis is {size}: only 1 is supported by this version")
+        inner = shard * graph * tensor
+        if world_size % inner:
             raise ValueError(
-                f"parallel size of the {axis} axis is {size}, with {world_size} ranks in all: only 1 is supported by "
-                f"this version, where all ranks are data-parallel; set it to 1 (data is then {world_size})"
+                f"{world_size} ranks do not divide into shard {shard} x graph {graph} x tensor {tensor} = {inner} "
+                f"ranks per replica: start a multiple of {inner} ranks, or choose smaller sizes"
             )
+        return _Layout(data=world_size // inner, shard=shard, graph=graph, tensor=tensor)
 
 
 def _join(launch: Launch, device: torch.device, timeout_minutes: float) -> None:
@@ -266,29 +296,78 @@ def _main_rank_failed() -> bool:
     return True
 
 
-def _set_parallel_state(sizes: Mapping[str, int]) -> bool:
+def _set_parallel_state(layout: _Layout) -> bool:
     """Makes Megatron's groups, or checks those that exist. Returns whether they were made here."""
     from megatron.core import parallel_state
 
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=sizes["tensor"],
-            pipeline_model_parallel_size=sizes["pipeline"],
-            context_parallel_size=sizes["graph"],
-            expert_model_parallel_size=sizes["expert"],
+            tensor_model_parallel_size=layout.tensor,
+            context_parallel_size=layout.graph,
             create_gloo_process_groups=False,
         )
         return True
     found = {
         "tensor": parallel_state.get_tensor_model_parallel_world_size(),
-        "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
         "graph": parallel_state.get_context_parallel_world_size(),
         "expert": parallel_state.get_expert_model_parallel_world_size(),
+        "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
     }
-    wanted = {axis: sizes[axis] for axis in found}
+    wanted = {"tensor": layout.tensor, "graph": layout.graph, "expert": 1, "pipeline": 1}
     if found != wanted:
         raise ValueError(
             f"Megatron's parallel state exists already with sizes {found}, but {wanted} were asked for: "
             "initialise it with the same sizes, or not at all"
         )
     return False
+
+
+def _mesh_of_state(layout: _Layout, local_rank: int, device: torch.device) -> Mesh:
+    """The mesh over Megatron's groups, and over those that the shard axis needs besides (made here, by all ranks)."""
+    from megatron.core import parallel_state
+
+    rank, ledger = dist.get_rank(), Ledger()
+    shape = (layout.data, layout.shard, layout.graph, layout.tensor)
+    grid = np.arange(dist.get_world_size()).reshape(shape)
+    place = np.unravel_index(rank, shape)
+
+    def axis(name: str, kept: tuple[int, ...], group: ProcessGroup | None = None) -> Axis:
+        """Ranks that agree with this one in all coordinates but `kept`."""
+        index = tuple(slice(None) if dim in kept else place[dim] for dim in range(len(shape)))
+        members = tuple(grid[index].reshape(-1).tolist())
+        if len(members) == 1:
+            return Axis(name=name, members=members, ledger=ledger)
+        if group is None:
+            group = dist.new_group(members, use_local_synchronization=True, group_desc=f"janus_{name}")
+        if tuple(dist.get_process_group_ranks(group)) != members:
+            raise ValueError(
+                f"Megatron's parallel state has the {name} group {dist.get_process_group_ranks(group)} on rank {rank}, "
+                f"in its order tp-cp-ep-dp-pp it is {list(members)}: initialise it in that order, or not at all"
+            )
+        return Axis(name=name, size=len(members), rank=members.index(rank), members=members, group=group, ledger=ledger)
+
+    batch = axis("batch", (0, 1), parallel_state.get_data_parallel_group())
+    replicas = axis("replicas", (0, 1, 2), parallel_state.get_data_parallel_group(with_context_parallel=True))
+    graph = axis("graph", (2,), parallel_state.get_context_parallel_group())
+    sharded = layout.shard > 1
+    return Mesh(
+        rank=rank,
+        world_size=dist.get_world_size(),
+        local_rank=local_rank,
+        device=device,
+        data=axis("data", (0,), None if sharded else batch.group),
+        shard=axis("shard", (1,), batch.group if layout.data == 1 else None),
+        graph=graph,
+        tensor=axis("tensor", (3,), parallel_state.get_tensor_model_parallel_group()),
+        batch=batch,
+        replicas=replicas,
+        shard_replicas=axis("shard_replicas", (0, 2), _outer_group(layout, replicas, graph)),
+        ledger=ledger,
+    )
+
+
+def _outer_group(layout: _Layout, replicas: Axis, graph: Axis) -> ProcessGroup | None:
+    """Group of the axes data and graph together, where Megatron has made it."""
+    if layout.shard == 1:
+        return replicas.group
+    return graph.group if layout.data == 1 else None

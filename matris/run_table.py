@@ -84,7 +84,7 @@ def _batch(config: TrainConfig, setup: Setup, mesh: Mesh) -> str:
     for step in range(min(_PLANNED_STEPS, setup.num_steps)):
         own = sizes[setup.sampler.indices(step)]
         assert setup.portions.budget is not None
-        plan = plan_micro_batches(own, num_ranks=mesh.data, budget=setup.portions.budget)
+        plan = plan_micro_batches(own, num_ranks=mesh.batch.size, budget=setup.portions.budget)
         counts.append(len(own))
         pieces += [len(share) for share in plan]
         loads = [sum(int(own[part].sum()) for part in share) for share in plan]
@@ -97,7 +97,7 @@ def _batch(config: TrainConfig, setup: Setup, mesh: Mesh) -> str:
         f"at most {budget} per update, on average {size:.3g} structures" if budget else f"{size} structures per update"
     )
     return (
-        f"{given} over all ranks = {size / mesh.data:.3g} per rank, in {np.mean(pieces):.3g} "
+        f"{given} over all ranks = {size / mesh.batch.size:.3g} per rank, in {np.mean(pieces):.3g} "
         f"micro-batches (at most {max(pieces)}); the busiest rank has {np.mean(imbalance):.3f} times the mean work"
     )
 

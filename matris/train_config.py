@@ -209,24 +209,38 @@ class ParallelConfig:
     """Sizes of the axes of the rank grid. All other ranks are data-parallel replicas.
 
     Attributes:
-        tensor_model_parallel_size: ranks that share each matrix product; only 1 is supported by this version.
-        context_parallel_size: ranks that share the atoms of one structure (graph parallelism); only 1 is supported.
+        tensor_model_parallel_size: ranks that share each matrix product; must divide the width of the features.
+        context_parallel_size: ranks that share the atoms of the same structures (graph parallelism).
+        fully_sharded_size: ranks that share parameters, gradients and optimizer state, each with its own structures.
+        sharding_policy: when the full weights of a block exist, with `fully_sharded_size` above 1: `regather` gathers
+            them for each pass and frees them (ZeRO-3), `keep` holds them from the forward pass to the update (ZeRO-2).
+        graph_partitioner: who owns which atom: `morton` (along a space-filling curve), `index` (as in the file) or
+            `balanced` (largest cost in edges and angles first).
         expert_model_parallel_size: ranks that share the experts; only 1 is supported.
         pipeline_model_parallel_size: ranks that share the layers; only 1 is supported.
+        distributed_timeout_minutes: how long a rank waits for the others before it ends the run and says which did not
+            come.
     """
 
     tensor_model_parallel_size: int = 1
     context_parallel_size: int = 1
+    fully_sharded_size: int = 1
+    sharding_policy: Literal["regather", "keep"] = "regather"
+    graph_partitioner: Literal["morton", "index", "balanced"] = "morton"
     expert_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
+    distributed_timeout_minutes: float = 30.0
 
     def __post_init__(self) -> None:
-        for name, size in vars(self).items():
-            if size != 1:
-                raise ValueError(
-                    f"parallel.{name} is {size}: this version supports only 1; start more ranks with the launcher "
-                    "(torchrun --nproc_per_node N) to train data-parallel"
-                )
+        for name in ("tensor_model_parallel_size", "context_parallel_size", "fully_sharded_size"):
+            _check_at_least(f"parallel.{name}", getattr(self, name), 1)
+        for name in ("expert_model_parallel_size", "pipeline_model_parallel_size"):
+            if getattr(self, name) != 1:
+                raise ValueError(f"parallel.{name} is {getattr(self, name)}: this version supports only 1")
+        if not self.distributed_timeout_minutes > 0.0:
+            raise ValueError(
+                f"parallel.distributed_timeout_minutes is {self.distributed_timeout_minutes}: it must be positive"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from janus.comm.adjoint import all_reduced
 from janus.mesh import ElsewhereError, Mesh
 
 T = TypeVar("T")
@@ -18,7 +19,7 @@ BUCKET_BYTES = 64 * 2**20
 
 
 def sum_gradients(parameters: Iterable[torch.nn.Parameter], mesh: Mesh, *, bucket_bytes: int = BUCKET_BYTES) -> None:
-    """Sums gradients over the data axis, in place; all-reduces as many bytes as the parameters have.
+    """Sums gradients over the replicas of the mesh, in place; all-reduces as many bytes as the parameters have.
 
     Sums, never averages: each rank's loss is already divided by the totals of the global batch. A trainable parameter
     without a gradient counts as zero on every rank, also in a run of one, so that all ranks and all rank counts update
@@ -28,13 +29,12 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter], mesh: Mesh, *, bucke
     for parameter in trainable:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    if mesh.data == 1:
+    if mesh.replicas.size == 1:
         return
     gradients = [parameter.grad for parameter in trainable if parameter.grad is not None]
     for bucket in plan_buckets(gradients, bucket_bytes):
         flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
-        _all_reduce(flat, mesh)
-        pieces = flat.split([gradient.numel() for gradient in bucket])
+        pieces = all_reduced(flat, mesh.replicas).split([gradient.numel() for gradient in bucket])
         torch._foreach_copy_(bucket, [piece.view_as(gradient) for piece, gradient in zip(pieces, bucket, strict=True)])
 
 
@@ -53,11 +53,8 @@ def plan_buckets(tensors: Sequence[Tensor], bucket_bytes: int) -> Iterator[list[
 
 
 def reduce_sums(values: Tensor, mesh: Mesh) -> Tensor:
-    """Sum over the data axis in float64, out of place; all-reduces 8 bytes per element."""
-    total = values.detach().to(torch.float64, copy=True)
-    if mesh.data > 1:
-        _all_reduce(total, mesh)
-    return total
+    """Sum over the replicas of the mesh in float64, out of place; all-reduces 8 bytes per element."""
+    return all_reduced(values.detach().double(), mesh.replicas)
 
 
 def reduce_max(value: float, mesh: Mesh) -> float:
@@ -71,7 +68,7 @@ def broadcast_tensors(tensors: Iterable[Tensor], mesh: Mesh) -> None:
     if mesh.world_size == 1:
         return
     for tensor in tensors:
-        mesh.ledger.record("broadcast", tensor.nbytes)
+        mesh.ledger.record("world/broadcast", tensor.nbytes)
         value = tensor.detach().contiguous()
         dist.broadcast(value, src=0)
         tensor.detach().copy_(value)
@@ -83,7 +80,7 @@ def broadcast_object(value: Any, mesh: Mesh) -> Any:
         return value
     holder = [value]
     dist.broadcast_object_list(holder, src=0)
-    mesh.ledger.record("broadcast_object", 0)
+    mesh.ledger.record("world/broadcast_object", 0)
     return holder[0]
 
 
@@ -114,11 +111,5 @@ def gather_objects(value: Any, mesh: Mesh) -> list[Any]:
         return [value]
     values: list[Any] = [None] * mesh.world_size
     dist.all_gather_object(values, value)
-    mesh.ledger.record("gather_objects", 0)
+    mesh.ledger.record("world/gather_objects", 0)
     return values
-
-
-def _all_reduce(tensor: Tensor, mesh: Mesh) -> None:
-    """In-place sum over the data axis."""
-    mesh.ledger.record("all_reduce", tensor.nbytes)
-    dist.all_reduce(tensor, group=mesh.data_group)

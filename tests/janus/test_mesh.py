@@ -85,10 +85,18 @@ def test_wrong_variables_are_refused(variables: dict[str, str], message: str) ->
         read_launch(variables)
 
 
-@pytest.mark.parametrize("axis", ["shard", "graph", "tensor", "expert", "pipeline"])
+@pytest.mark.parametrize("axis", ["expert", "pipeline"])
 def test_sizes_that_are_not_supported_are_refused(axis: str) -> None:
-    with pytest.raises(ValueError, match=f"{axis} axis is 2, with 1 ranks in all"), open_mesh("cpu", **{axis: 2}):
+    with pytest.raises(ValueError, match=f"{axis} axis is 2: only 1 is supported"), open_mesh("cpu", **{axis: 2}):
         pass
+
+
+@pytest.mark.parametrize("axis", ["shard", "graph", "tensor"])
+def test_layouts_that_do_not_fit_are_refused_with_the_numbers(axis: str) -> None:
+    with pytest.raises(ValueError, match=rf"1 ranks do not divide into .*{axis} 2.* = 2 ranks"):
+        open_mesh("cpu", **{axis: 2}).__enter__()
+    with pytest.raises(ValueError, match=f"{axis} axis is 0: it must be at least 1"):
+        open_mesh("cpu", **{axis: 0}).__enter__()
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:

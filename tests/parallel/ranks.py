@@ -8,7 +8,7 @@ import pickle
 import socket
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -17,8 +17,16 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.parallel.preload"])
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120.0) -> list[Any]:
+def run_ranks(
+    world_size: int,
+    function: Callable[..., Any],
+    *arguments: Any,
+    layout: Mapping[str, int] | None = None,
+    timeout: float = 120.0,
+) -> list[Any]:
     """Calls `function(mesh, *arguments)` on every rank and returns the results in rank order.
+
+    `layout` holds the sizes of the axes shard, graph and tensor, 1 by default; the other ranks are data-parallel.
 
     Function and arguments must be picklable. A rank's exception fails the call, with its traceback.
     """
@@ -28,7 +36,9 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, ti
     pipes, processes = [], []
     for rank in range(world_size):
         receiver, sender = _CONTEXT.Pipe(duplex=False)
-        process = _CONTEXT.Process(target=_rank, args=(sender, rank, world_size, port, function, arguments))
+        process = _CONTEXT.Process(
+            target=_rank, args=(sender, rank, world_size, port, function, arguments, dict(layout or {}))
+        )
         process.start()
         sender.close()
         pipes.append(receiver)
@@ -48,7 +58,13 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, ti
 
 
 def _rank(
-    sender: Connection, rank: int, world_size: int, port: int, function: Callable[..., Any], arguments: tuple[Any, ...]
+    sender: Connection,
+    rank: int,
+    world_size: int,
+    port: int,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    layout: dict[str, int],
 ) -> None:
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
@@ -61,7 +77,7 @@ def _rank(
 
     torch.set_num_threads(1)
     try:
-        with open_mesh("cpu", timeout_minutes=1.0) as mesh:
+        with open_mesh("cpu", **layout, timeout_minutes=1.0) as mesh:
             outcome = (True, function(mesh, *arguments))
     except Exception:
         outcome = (False, f"rank {rank} of {world_size}:\n{traceback.format_exc()}")

@@ -42,11 +42,11 @@ def train(mesh: Mesh, size: int, pieces: int) -> dict[str, Any]:
     reports = []
     for step in range(STEPS):
         mesh.ledger.clear()
-        batch = toy_step(step, mesh.data_rank, mesh.data, size, pieces)
+        batch = toy_step(step, mesh.batch.rank, mesh.batch.size, size, pieces)
         report = train_step(task, batch, toy_totals(batch.indices), learner=learner, mesh=mesh, stop=mesh.rank == 1)
         reports.append((report.sums, report.grad_norm, report.num_edges))
     traffic = dict(mesh.ledger.calls), dict(mesh.ledger.bytes)
-    validation = evaluate(task, toy_validation(mesh.data_rank, mesh.data), mesh, step=0)
+    validation = evaluate(task, toy_validation(mesh.batch.rank, mesh.batch.size), mesh, step=0)
     gradients = {name: value.grad for name, value in learner.parameters.items()}
     return {
         "tensors": {**learner.capture(), **{f"gradient/{name}": value for name, value in gradients.items()}},
@@ -82,8 +82,8 @@ def test_training_does_not_depend_on_ranks(world_size: int, size: int, pieces: i
 def test_traffic_of_a_step_is_one_all_reduce_of_gradients_and_one_of_sums() -> None:
     calls, num_bytes = run_ranks(2, train, 6, 2)[0]["traffic"]
     num_weights = sum(parameter.numel() for parameter in ToyTask().model.parameters())
-    assert calls == {"all_reduce": 2}
-    assert num_bytes == {"all_reduce": 8 * num_weights + 8 * (ToyTask.num_sums + 2)}
+    assert calls == {"replicas/all_reduce": 2}
+    assert num_bytes == {"replicas/all_reduce": 8 * num_weights + 8 * (ToyTask.num_sums + 2)}
     assert train(Mesh(), 6, 2)["traffic"] == ({}, {})
 
 
@@ -126,8 +126,12 @@ def test_collectives() -> None:
     for result in results:
         assert result["gradients"] == [[10.0] * 3, [1.0] * 5, [11.0] * 7, [11.0] * 2, None]
         # Buckets of at most 40 bytes: 3 + 5 floats, 7 floats, 2 doubles; then two broadcasts, one of an object.
-        assert result["calls"] == {"all_reduce": 3, "broadcast": 2, "broadcast_object": 1}
-        assert result["bytes"] == {"all_reduce": 32 + 28 + 16, "broadcast": 48, "broadcast_object": 0}
+        assert result["calls"] == {"replicas/all_reduce": 3, "world/broadcast": 2, "world/broadcast_object": 1}
+        assert result["bytes"] == {
+            "replicas/all_reduce": 32 + 28 + 16,
+            "world/broadcast": 48,
+            "world/broadcast_object": 0,
+        }
         assert result["sums"] == pytest.approx([2.0, 1e-17])
         assert result["object"] == {"rank": 0}
         assert result["gathered"] == [0, 1]
@@ -142,7 +146,7 @@ def meet_bad_record(mesh: Mesh) -> tuple[str, bool]:
     task = ToyTask()
     learner = make_learner(task)
     before = {name: value.clone() for name, value in learner.capture().items()}
-    batch = toy_step(0, mesh.data_rank, mesh.data, bad=int(toy_step(0).indices[3]))
+    batch = toy_step(0, mesh.batch.rank, mesh.batch.size, bad=int(toy_step(0).indices[3]))
     try:
         train_step(task, batch, toy_totals(batch.indices), learner=learner, mesh=mesh)
     except NonFiniteError as error:
@@ -164,7 +168,7 @@ def test_non_finite_loss_stops_all_ranks_and_names_the_records() -> None:
 def adopt_parallel_state(mesh: Mesh) -> dict[str, Any]:
     """Inside of a mesh another one adopts what exists; other sizes are refused."""
     with open_mesh("cpu") as second:
-        same = (second.rank, second.data, second.data_rank) == (mesh.rank, mesh.data, mesh.data_rank)
+        same = (second.rank, second.batch.size, second.batch.rank) == (mesh.rank, mesh.batch.size, mesh.batch.rank)
     alive = gather_objects(mesh.rank, mesh)
     from megatron.core import parallel_state
 
