@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from janus.comm.adjoint import copy, reduce
+from janus.mesh import Mesh
 from janus.ops.segment import segment_sum
 from matris.basis.envelope import polynomial_envelope
 from matris.basis.radial import build_radial_basis
-from matris.blocks.edges import EdgeSet
+from matris.blocks.edges import EdgeSet, Rows
 from matris.blocks.embedding import AngleEmbedding, AtomEmbedding, EdgeEmbedding
-from matris.blocks.geometry import Geometry, measure
+from matris.blocks.geometry import measure
 from matris.blocks.interaction import Connectivity, InteractionBlock
 from matris.blocks.module import MatRISConfig, MegatronModule
 from matris.config import ModelConfig, Precision
@@ -57,7 +59,12 @@ class MatRIS(MegatronModule):
         config: hyper-parameters.
         precision: number formats; parameters are fp64 for `fp64` and fp32 otherwise. `tf32` does not change the module:
             it is the format in which CUDA forms fp32 products, set by the run.
-        seed: of the initial weights; None takes torch's current generator state.
+        seed: of the initial weights, which are the same for every mesh; None takes torch's current generator state.
+        mesh: ranks that share the model. Over its tensor axis each holds a part of the large weights; over its graph
+            axis all hold the same weights and predict the same batch, each its own atoms.
+
+    Raises:
+        ValueError: the width does not divide by the tensor axis.
 
     Attributes:
         reference_energies: (94,) eV per atom of Z = 1..94, float64, not trained.
@@ -68,16 +75,28 @@ class MatRIS(MegatronModule):
 
     energy_scale: Tensor
 
-    def __init__(self, config: ModelConfig, *, precision: Precision = Precision.fp32, seed: int | None = None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        precision: Precision = Precision.fp32,
+        seed: int | None = None,
+        mesh: Mesh | None = None,
+    ) -> None:
+        mesh = mesh or Mesh()
         dtype = torch.float64 if precision is Precision.fp64 else torch.float32
         megatron_config = MatRISConfig(
             model=config,
+            mesh=mesh,
+            tensor_model_parallel_size=mesh.tensor.size,
+            context_parallel_size=mesh.graph.size,
             params_dtype=dtype,
             matmul_dtype=torch.bfloat16 if precision is Precision.bf16_mixed else None,
             use_cpu_initialization=True,
         )
         super().__init__(megatron_config)
         self.hyper = config
+        self.mesh = mesh
         self.precision = precision
         self.predicts_magmoms = True
         self.elements: tuple[int, ...] = tuple(range(1, MAX_Z + 1))
@@ -101,7 +120,10 @@ class MatRIS(MegatronModule):
     def forward(
         self, batch: GraphBatch, *, forces: bool = True, stress: bool = True, create_graph: bool = False
     ) -> Prediction:
-        """Predict a batch.
+        """Predict a batch. Over a graph axis all of its ranks call it, each with its part of the same batch.
+
+        Forces, atomic energies and magnetic moments are then those of the part; energies and stress are the whole
+        structures', on every rank.
 
         Args:
             forces, stress: whether to differentiate for them.
@@ -111,8 +133,10 @@ class MatRIS(MegatronModule):
         with torch.enable_grad() if forces or stress else torch.set_grad_enabled(create_graph):
             positions = batch.positions.detach().requires_grad_(forces)
             strain = torch.zeros_like(batch.cell).requires_grad_() if stress else None
-            energies, magmoms = self._atomic(batch, measure(batch, positions, strain, self.config.params_dtype))
-            interaction_energy = segment_sum(energies, batch.structure_index, batch.num_structures)
+            energies, magmoms = self._atomic(
+                batch, positions, None if strain is None else copy(strain, self.mesh.graph)
+            )
+            interaction_energy = self._per_structure(energies, batch)
             leaves = [leaf for leaf, wanted in ((positions, forces), (strain, stress)) if wanted and leaf is not None]
             gradients = list(_gradients(interaction_energy, leaves, create_graph=create_graph))
             force = -gradients.pop(0) if forces else None
@@ -121,19 +145,27 @@ class MatRIS(MegatronModule):
             prediction = Prediction(
                 energies=energies,
                 interaction_energy=interaction_energy,
-                reference_energy=segment_sum(reference, batch.structure_index, batch.num_structures),
+                reference_energy=self._per_structure(reference, batch),
                 forces=force,
                 stress=None if virial is None else _per_volume(virial, batch.cell),
                 magmoms=magmoms if self.predicts_magmoms else None,
             )
         return prediction if create_graph else _detached(prediction)
 
-    def _atomic(self, batch: GraphBatch, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    def _per_structure(self, values: Tensor, batch: GraphBatch) -> Tensor:
+        """Sums (G,) over the atoms (N,) of all ranks of the graph axis."""
+        return reduce(segment_sum(values, batch.structure_index, batch.num_structures), self.mesh.graph)
+
+    def _atomic(self, batch: GraphBatch, positions: Tensor, strain: Tensor | None) -> tuple[Tensor, Tensor]:
         """Interaction energies (N,) and magnetic moments (N,), float64."""
+        axis = self.mesh.graph
+        atom_rows = Rows.of(batch.num_atoms, batch.atom_halo, axis)
+        edge_rows = Rows.of(batch.num_undirected, batch.edge_halo, axis)
+        geometry = measure(batch, positions, strain, self.config.params_dtype, atom_rows)
         pair_basis, line_basis = self.pair_basis(geometry.length), self.line_basis(geometry.length)
-        graph = self._connectivity(batch, geometry, pair_basis, line_basis)
+        graph = self._connectivity(batch, geometry.length, pair_basis, line_basis, atom_rows, edge_rows)
         atoms = self.atom_embedding(batch.numbers)
-        edges = self.edge_embedding(pair_basis)
+        edges = self.edge_embedding(pair_basis[: edge_rows.owned])
         angles = self.angle_embedding(geometry.cosine)
         for block in self.blocks:
             atoms, edges, angles = block(atoms, edges, angles, graph)
@@ -141,31 +173,46 @@ class MatRIS(MegatronModule):
         return self.energy_scale * energies.double(), magmoms.double()
 
     def _connectivity(
-        self, batch: GraphBatch, geometry: Geometry, pair_basis: Tensor, line_basis: Tensor
+        self,
+        batch: GraphBatch,
+        length: Tensor,
+        pair_basis: Tensor,
+        line_basis: Tensor,
+        atom_rows: Rows,
+        edge_rows: Rows,
     ) -> Connectivity:
-        hyper = self.hyper
-        pair = polynomial_envelope(geometry.length, hyper.pairwise_cutoff, hyper.envelope_exponent)[:, None]
-        line = polynomial_envelope(geometry.length, hyper.three_body_cutoff, hyper.envelope_exponent)[:, None]
-        num_undirected = len(batch.undirected_edge)
+        hyper, tensor = self.hyper, self.mesh.tensor
+        pair = polynomial_envelope(length, hyper.pairwise_cutoff, hyper.envelope_exponent)[:, None]
+        line = polynomial_envelope(length, hyper.three_body_cutoff, hyper.envelope_exponent)[:, None]
+        angle_envelope = line.index_select(0, batch.angle_target) * line.index_select(0, batch.angle_source)
+        # Each tensor rank multiplies envelopes and bases with channels of its own.
         return Connectivity(
             atom_graph=EdgeSet(
+                targets=Rows.of(batch.num_atoms, None, self.mesh.graph),
+                sources=atom_rows,
+                features=edge_rows,
                 target=batch.edge_target,
                 source=batch.edge_source,
                 undirected=batch.edge_undirected,
-                num_features=num_undirected,
-                envelope=pair.index_select(0, batch.edge_undirected),
+                envelope=copy(pair, tensor).index_select(0, batch.edge_undirected),
             ),
             line_graph=EdgeSet(
+                targets=edge_rows,
+                sources=edge_rows,
+                features=Rows.of(batch.num_angles, None, self.mesh.graph),
                 target=batch.angle_target,
                 source=batch.angle_source,
                 undirected=None,
-                num_features=batch.num_angles,
-                envelope=line.index_select(0, batch.angle_target) * line.index_select(0, batch.angle_source),
+                envelope=copy(angle_envelope, tensor),
             ),
             angle_center=batch.angle_center,
-            pair_basis=pair_basis,
-            line_basis=line_basis,
+            pair_basis=copy(pair_basis, tensor),
+            line_basis=copy(line_basis, tensor),
         )
+
+    def sharding_units(self) -> tuple[nn.Module, ...]:
+        """The modules whose parameters are sharded, each as one flat buffer, in order of use."""
+        return (self.atom_embedding, self.edge_embedding, self.angle_embedding, *self.blocks, self.readout)
 
     def set_reference_energies(self, energies: Mapping[int, float]) -> None:
         """Set reference energies, eV per atom by atomic number; elements that are not named keep theirs."""

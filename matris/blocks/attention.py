@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from janus.comm.adjoint import all_gather, copy, gather
 from janus.ops.attention import attention_terms
-from janus.ops.segment import segment_max, segment_sum
-from matris.blocks.edges import EdgeSet
-from matris.blocks.module import GatedMLP, Linear, MatRISConfig, MegatronModule
+from matris.blocks.edges import EdgeSet, PendingHalo, Rows
+from matris.blocks.module import GatedMLP, MatRISConfig, MegatronModule, column_parallel
 
 _LOGIT_CAP = 10.0
 """Bound of the smooth attention's logits. exp(+-10) is far from the limits of fp32, so no running maximum is needed."""
@@ -27,39 +27,57 @@ class SeparableAttention(MegatronModule):
 
     def __init__(self, config: MatRISConfig) -> None:
         super().__init__(config)
-        width = config.model.hidden_size
-        self.width = width
+        width, self.tensor = config.model.hidden_size, config.mesh.tensor
         self.smooth = config.model.smooth_attention
         self.message = GatedMLP(config, num_parts=3)
-        self.logits = Linear(config, width, 2 * width)
+        self.logits = column_parallel(config, width, 2 * width, stride=2)
+        self.width = width // self.tensor.size
         self.update = GatedMLP(config, num_parts=3)
         self.node_residual = nn.Parameter(torch.ones(width))
         self.edge_residual = nn.Parameter(torch.ones(width))
 
     def forward(self, nodes: Tensor, edges: Tensor, graph: EdgeSet) -> tuple[Tensor, Tensor]:
-        """Nodes (N, width) and edge features (num_features, width) to updated ones."""
-        inner = graph.spread(self.message.project(0, edges))
-        inner = inner.add_(self.message.project(1, nodes).index_select(0, graph.target))
-        inner = inner.add_(self.message.project(2, nodes).index_select(0, graph.source))
+        """Owned nodes and edge features, (..., width) each, to updated ones.
+
+        Exchanges the nodes and, on the atom graph, the edge features once each, and returns the sums over edges to the
+        nodes' owners. On W tensor ranks each has its own channels (heads) of messages, logits and sums.
+        """
+        own_nodes, own_edges = copy(nodes, self.tensor), copy(edges, self.tensor)
+        coming_nodes, coming_edges = graph.sources.start_borrow(own_nodes), graph.features.start_borrow(own_edges)
+        update = self.update.project(0, own_nodes)  # needs nothing of other ranks
+        local_edges = coming_edges.wait()
+        target_logits, source_logits = graph.spread(self.logits(local_edges)).split(self.width, dim=1)
+        inner = graph.spread(self.message.project(0, local_edges))
+        local_nodes = coming_nodes.wait()
+        inner = inner.add_(self.message.project(1, local_nodes).index_select(0, graph.target))
+        inner = inner.add_(self.message.project(2, local_nodes).index_select(0, graph.source))
         message = self.message.finish(inner)
-        target_logits, source_logits = graph.spread(self.logits(edges)).split(self.width, dim=1)
         value = graph.envelope * message if self.smooth else message
-        to_target = self._aggregate(target_logits, value, graph.envelope, graph.target, len(nodes))
-        to_source = self._aggregate(source_logits, value, graph.envelope, graph.source, len(nodes))
-        update = self.update.project(0, nodes) + self.update.project(1, to_target) + self.update.project(2, to_source)
+        from_source = self._start_sums(source_logits, value, graph.envelope, graph.source, graph.sources)
+        from_target = self._start_sums(target_logits, value, graph.envelope, graph.target, graph.targets)
+        edge_update = graph.average(message)
+        update = (
+            update + self.update.project(1, self._mean(from_target)) + self.update.project(2, self._mean(from_source))
+        )
         return (
-            torch.addcmul(self.update.finish(update), self.node_residual, nodes),
-            torch.addcmul(graph.average(message), self.edge_residual, edges),
+            torch.addcmul(gather(self.update.finish(update), self.tensor, dim=1), self.node_residual, nodes),
+            torch.addcmul(gather(edge_update, self.tensor, dim=1), self.edge_residual, edges),
         )
 
-    def _aggregate(self, logits: Tensor, value: Tensor, envelope: Tensor, node: Tensor, num_nodes: int) -> Tensor:
-        """Softmax-weighted messages of each node's edges, (num_nodes, width)."""
+    def _start_sums(
+        self, logits: Tensor, value: Tensor, envelope: Tensor, node: Tensor, rows: Rows
+    ) -> tuple[PendingHalo, PendingHalo]:
+        """Numerator and denominator of the softmax-weighted mean over each node's edges, on the way to its owner."""
         if self.smooth:
             weight, value = attention_terms(logits, value, envelope, cap=_LOGIT_CAP)
-            return segment_sum(value, node, num_nodes) / (segment_sum(weight, node, num_nodes) + _DELTA)
-        # Released weights: no envelope and no bound, so the largest logit of each node is taken off. It cancels, hence
-        # carries no gradient.
-        logits = logits - segment_max(logits, node, num_nodes).index_select(0, node)
-        weight, value = attention_terms(logits, value, None, cap=None)
-        total = segment_sum(weight, node, num_nodes)
-        return segment_sum(value, node, num_nodes) / (total + (total == 0))
+        else:
+            # Released weights: no envelope and no bound, so the largest logit of each node is taken off. It cancels,
+            # hence carries no gradient.
+            logits = logits - rows.max(logits, node).index_select(0, node)
+            weight, value = attention_terms(logits, value, None, cap=None)
+        return rows.start_return(rows.sum(value, node)), rows.start_return(rows.sum(weight, node))
+
+    def _mean(self, sums: tuple[PendingHalo, PendingHalo]) -> Tensor:
+        """The mean for each owned node with the channels of all tensor ranks, (N, width)."""
+        value, weight = (pending.wait() for pending in sums)
+        return all_gather(value / (weight + (_DELTA if self.smooth else (weight == 0))), self.tensor, dim=1)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from matris.blocks.edges import Rows
 from matris.graph.batch import GraphBatch
 
 
@@ -15,7 +16,7 @@ class Geometry:
     """Lengths and angles of a batch.
 
     Attributes:
-        length: (E/2,) lengths of undirected edges, Angstrom.
+        length: (U,) lengths of local undirected edges, Angstrom.
         cosine: (A,) cosines of the angles.
     """
 
@@ -23,13 +24,16 @@ class Geometry:
     cosine: Tensor
 
 
-def measure(batch: GraphBatch, positions: Tensor, strain: Tensor | None, dtype: torch.dtype) -> Geometry:
+def measure(batch: GraphBatch, positions: Tensor, strain: Tensor | None, dtype: torch.dtype, atoms: Rows) -> Geometry:
     """Lengths and cosines, formed in the format of `positions` (float64) and handed on in `dtype`.
 
+    Borrows the positions of other ranks' atoms. A bond between two ranks is measured on both, each for its own uses.
+
     Args:
-        positions: (N, 3) Angstrom.
+        positions: (N, 3) Angstrom, of owned atoms.
         strain: (G, 3, 3) dimensionless, symmetrised here and applied to positions and cell (rows times (1 + strain)),
             or None.
+        atoms: rows of the atoms.
     """
     cell = batch.cell
     if strain is not None:
@@ -41,7 +45,7 @@ def measure(batch: GraphBatch, positions: Tensor, strain: Tensor | None, dtype: 
     target, source = batch.edge_target[first], batch.edge_source[first]
     image = batch.edge_image[first].to(positions.dtype)
     shift = torch.einsum("ex,exy->ey", image, cell[batch.structure_index[target]])
-    vector = positions[target] - positions[source] - shift
+    vector = positions[target] - atoms.start_borrow(positions).wait()[source] - shift
     length = vector.square().sum(dim=1).sqrt()
     unit = (vector / length[:, None]).to(dtype)
     return Geometry(length=length.to(dtype), cosine=_cosines(batch, unit))

@@ -6,20 +6,26 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from janus.ops.gated_norm import gated_norm
+from janus.mesh import Mesh
 from janus.ops.product import linear
 from janus.ops.silu import silu
+from janus.tensor_parallel import ColumnParallelLinear, RowParallelLinear, parallel_gated_norm
 from matris.config import ModelConfig, NormType
 
 # All imports of Megatron's modules are here, because the first one warns of optional packages that are not needed.
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", "Transformer Engine and Apex are not installed", UserWarning)
+    from megatron.core.dist_checkpointing import ShardedTensor
     from megatron.core.model_parallel_config import ModelParallelConfig
+    from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+    from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
     from megatron.core.transformer.module import MegatronModule as MegatronModule
+    from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 
 @dataclass
@@ -30,11 +36,13 @@ class MatRISConfig(ModelParallelConfig):
 
     Attributes:
         model: hyper-parameters.
+        mesh: the ranks that share the model; layers take the tensor axis, the model itself the graph axis.
         matmul_dtype: number format of matrix products, None for that of the parameters.
         fp8, fp4: always None; `MegatronModule` reads them.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    mesh: Mesh = field(default_factory=Mesh)
     matmul_dtype: torch.dtype | None = None
     fp8: None = None
     fp4: None = None
@@ -51,8 +59,67 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias, dtype=self.matmul_dtype)
 
 
+def column_parallel(
+    config: MatRISConfig,
+    in_features: int,
+    out_features: int,
+    *,
+    bias: bool = False,
+    stride: int = 1,
+    bound: float | None = None,
+) -> ColumnParallelLinear:
+    """A layer whose outputs are split over the tensor axis; its input must have passed through `copy`."""
+    return ColumnParallelLinear(
+        config,
+        in_features,
+        out_features,
+        tensor=config.mesh.tensor,
+        bias=bias,
+        stride=stride,
+        bound=bound,
+        matmul_dtype=config.matmul_dtype,
+        disable_grad_reduce=True,
+    )
+
+
+def row_parallel(
+    config: MatRISConfig, in_features: int, out_features: int, *, bias: bool, scatter_output: bool
+) -> RowParallelLinear:
+    """A layer whose inputs are split over the tensor axis, and whose outputs are too with `scatter_output`."""
+    return RowParallelLinear(
+        config,
+        in_features,
+        out_features,
+        tensor=config.mesh.tensor,
+        bias=bias,
+        matmul_dtype=config.matmul_dtype,
+        scatter_output=scatter_output,
+    )
+
+
+class FeedForward(MegatronModule):
+    """W2 SiLU(W1 x), the hidden channels split over the tensor axis.
+
+    Args:
+        bias: whether both layers have a bias.
+    """
+
+    def __init__(self, config: MatRISConfig, width: int, *, bias: bool) -> None:
+        super().__init__(config)
+        self.layers = nn.ModuleList(
+            [
+                column_parallel(config, width, width, bias=bias),
+                row_parallel(config, width, width, bias=bias, scatter_output=False),
+            ]
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, width), all channels and used by each tensor rank apart, to (N, width), replicated."""
+        return self.layers[1](silu(self.layers[0](x)))
+
+
 class MLP(MegatronModule):
-    """Linear layers with SiLU between them.
+    """Linear layers with SiLU between them, the same on all ranks.
 
     Args:
         sizes: widths, input first, output last.
@@ -95,37 +162,71 @@ class GatedMLP(MegatronModule):
     multiplied once per node and gathered afterwards, and core and gate share each product: the output of each inner
     layer is the core's half, then the gate's.
 
+    Over W tensor ranks each has width / W channels of both halves, of the hidden layer and of the output alike. Inputs
+    hold all channels and must have passed through `copy`.
+
     Args:
         num_parts: how many features of width `hidden_size` are concatenated.
     """
 
     def __init__(self, config: MatRISConfig, num_parts: int) -> None:
         super().__init__(config)
-        width = config.model.hidden_size
+        width, self.tensor = config.model.hidden_size, config.mesh.tensor
         norm_type = config.model.norm_type
-        self.width = width
-        self.inner = nn.ModuleList(Linear(config, width, 2 * width, bias=part == 0) for part in range(num_parts))
-        for layer in self.inner:
-            # torch's default for the one layer that these are together.
-            for parameter in layer.parameters():
-                nn.init.uniform_(parameter, -((num_parts * width) ** -0.5), (num_parts * width) ** -0.5)
-        self.core = Linear(config, width, width, bias=True)
-        self.gate = Linear(config, width, width, bias=True)
+        # torch's default for the one layer that these are together.
+        bound = (num_parts * width) ** -0.5
+        self.inner = nn.ModuleList(
+            column_parallel(config, width, 2 * width, bias=part == 0, stride=2, bound=bound)
+            for part in range(num_parts)
+        )
+        self.core = row_parallel(config, width, width, bias=True, scatter_output=True)
+        self.gate = row_parallel(config, width, width, bias=True, scatter_output=True)
+        self.width = width // self.tensor.size
         self.center = norm_type is NormType.layer
         self.eps = norm_eps(norm_type, config.params_dtype)
-        self.norm_weight = nn.Parameter(torch.ones(2, width))
-        self.norm_bias = nn.Parameter(torch.zeros(2, width)) if self.center else None
+        self.norm_weight = _split_parameter(torch.ones(2, self.width))
+        self.norm_bias = _split_parameter(torch.zeros(2, self.width)) if self.center else None
 
     def project(self, part: int, x: Tensor) -> Tensor:
-        """What part number `part` adds to the inner layer: (N, width) to (N, 2 width). Part 0 brings the bias."""
+        """What part number `part` adds to the inner layer: (N, width) to (N, 2 width / W). Part 0 brings the bias."""
         return self.inner[part](x)
 
     def finish(self, inner: Tensor) -> Tensor:
-        """From the summed projections (N, 2 width) to the output (N, width)."""
+        """From the summed projections (N, 2 width / W) to the output (N, width / W)."""
         core, gate = silu(inner).split(self.width, dim=1)
-        return gated_norm(
-            self.core(core), self.gate(gate), self.norm_weight, self.norm_bias, eps=self.eps, center=self.center
+        return parallel_gated_norm(
+            self.core(core),
+            self.gate(gate),
+            self.norm_weight,
+            self.norm_bias,
+            eps=self.eps,
+            center=self.center,
+            tensor=self.tensor,
         )
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> Any:
+        """Megatron's; the inner layers hold the halves of core and gate, as its gated linear units do."""
+        found = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        for name, value in found.items():
+            if ".inner." in name[len(prefix) - 1 :] and isinstance(value, ShardedTensor):
+                found[name] = apply_swiglu_sharded_factory(value, sharded_offsets)
+        own = {name: value for name, value in self.state_dict(keep_vars=True).items() if name.startswith("norm_")}
+        found |= make_sharded_tensors_for_checkpoint(
+            own,
+            prefix,
+            dict.fromkeys(own, 1),
+            sharded_offsets,
+            tp_group=self.core.tp_group,
+            dp_cp_group=None if metadata is None else metadata["dp_cp_group"],
+        )
+        return found
+
+
+def _split_parameter(value: Tensor) -> nn.Parameter:
+    """(2, width / W), of which each tensor rank has its own channels."""
+    parameter = nn.Parameter(value)
+    set_tensor_model_parallel_attributes(parameter, True, 1, 1)
+    return parameter
 
 
 def norm_eps(norm_type: NormType, dtype: torch.dtype) -> float:

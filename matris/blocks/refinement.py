@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from janus.ops.segment import segment_sum
+from janus.comm.adjoint import all_gather, copy
 from matris.blocks.edges import EdgeSet
-from matris.blocks.module import MLP, GatedMLP, Linear, MatRISConfig, MegatronModule
+from matris.blocks.module import FeedForward, GatedMLP, MatRISConfig, MegatronModule, column_parallel
 
 
 class _Refinement(MegatronModule):
@@ -15,14 +15,18 @@ class _Refinement(MegatronModule):
 
     def __init__(self, config: MatRISConfig, num_parts: int) -> None:
         super().__init__(config)
-        width = config.model.hidden_size
+        width, self.tensor = config.model.hidden_size, config.mesh.tensor
         bias = config.model.ffn_bias
         self.message = GatedMLP(config, num_parts)
-        self.node_ffn = MLP(config, (width, width, width), bias=bias)
-        self.edge_ffn = MLP(config, (width, width, width), bias=bias)
-        self.envelope = Linear(config, config.model.num_radial, width)
+        self.node_ffn = FeedForward(config, width, bias=bias)
+        self.edge_ffn = FeedForward(config, width, bias=bias)
+        self.envelope = column_parallel(config, config.model.num_radial, width)
         self.node_residual = nn.Parameter(torch.ones(width))
         self.edge_residual = nn.Parameter(torch.ones(width))
+
+    def _whole(self, rows: Tensor) -> Tensor:
+        """The channels of all tensor ranks, (N, width / W) to (N, width)."""
+        return all_gather(rows, self.tensor, dim=1)
 
 
 class AtomRefinement(_Refinement):
@@ -35,15 +39,23 @@ class AtomRefinement(_Refinement):
     def forward(
         self, atoms: Tensor, edges: Tensor, basis: Tensor, graph: EdgeSet, *, update_edges: bool
     ) -> tuple[Tensor, Tensor]:
-        """Atoms (N, width), undirected edges and their radial basis (U, ...) to updated atoms and edges."""
-        inner = graph.spread(self.message.project(0, edges))
-        inner = inner.add_(self.message.project(1, atoms).index_select(0, graph.target))
-        inner = inner.add_(self.message.project(2, atoms).index_select(0, graph.source))
+        """Owned atoms (N, width) and undirected edges (U, width), basis (local U, num_radial), to updated features.
+
+        Exchanges atoms and edges once each, and returns the mean over both directions of an edge to its owner.
+        """
+        own_atoms = copy(atoms, self.tensor)
+        coming_edges = graph.features.start_borrow(copy(edges, self.tensor))
+        coming_atoms = graph.sources.start_borrow(own_atoms)
+        at_target = self.message.project(1, own_atoms)  # targets are owned: needs nothing of other ranks
+        envelope = graph.spread(self.envelope(basis))
+        inner = graph.spread(self.message.project(0, coming_edges.wait()))
+        inner = inner.add_(at_target.index_select(0, graph.target))
+        inner = inner.add_(self.message.project(2, coming_atoms.wait()).index_select(0, graph.source))
         message = self.message.finish(inner)
-        enveloped = graph.spread(self.envelope(basis)) * message
-        received = segment_sum(enveloped, graph.target, len(atoms))
+        enveloped = envelope * message
+        received = self._whole(graph.targets.sum(enveloped, graph.target))
         if update_edges:
-            delta = graph.average(self.edge_ffn(enveloped if self.enveloped_edge_update else message))
+            delta = graph.average(self.edge_ffn(self._whole(enveloped if self.enveloped_edge_update else message)))
             edges = torch.addcmul(delta, self.edge_residual, edges)
         return torch.addcmul(self.node_ffn(received), self.node_residual, atoms), edges
 
@@ -69,16 +81,21 @@ class LineRefinement(_Refinement):
         center: Tensor,
         update_angles: bool,
     ) -> tuple[Tensor, Tensor]:
-        """Undirected edges (U, width), angles (A, width), atoms and centre index (A,) to updated edges and angles."""
-        inner = self.message.project(0, angles)
-        inner = inner.add_(self.message.project(1, atoms).index_select(0, center))
-        inner = inner.add_(self.message.project(2, edges).index_select(0, graph.target))
-        inner = inner.add_(self.message.project(3, edges).index_select(0, graph.source))
-        message = self.message.finish(inner)
+        """Owned edges (U, width), angles (A, width), atoms (N, width), centre of each angle, to updated edges and angles.
+
+        Exchanges the edges once, and returns the sums over angles to the edges' owners.
+        """
+        coming = graph.sources.start_borrow(copy(edges, self.tensor))
+        inner = self.message.project(0, copy(angles, self.tensor))
+        inner = inner.add_(self.message.project(1, copy(atoms, self.tensor)).index_select(0, center))
         envelope = self.envelope(basis)
+        local_edges = coming.wait()
+        inner = inner.add_(self.message.project(2, local_edges).index_select(0, graph.target))
+        inner = inner.add_(self.message.project(3, local_edges).index_select(0, graph.source))
+        message = self.message.finish(inner)
         # The target's factor is the same for all its angles: it is applied to their sum.
         enveloped = envelope.index_select(0, graph.source) * message
-        received = envelope * segment_sum(enveloped, graph.target, len(edges))
+        received = graph.targets.start_return(envelope * graph.targets.sum(enveloped, graph.target))
         if update_angles:
-            angles = torch.addcmul(self.edge_ffn(message), self.edge_residual, angles)
-        return torch.addcmul(self.node_ffn(received), self.node_residual, edges), angles
+            angles = torch.addcmul(self.edge_ffn(self._whole(message)), self.edge_residual, angles)
+        return torch.addcmul(self.node_ffn(self._whole(received.wait())), self.node_residual, edges), angles

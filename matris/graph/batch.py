@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from janus.graph_parallel.halo import HaloPlan
 from matris.graph.build import Graph
 from matris.graph.structure import Labels
 
@@ -18,21 +19,27 @@ _T = TypeVar("_T", bound="_TensorFields")
 
 @dataclass(frozen=True, kw_only=True)
 class _TensorFields:
-    """A frozen dataclass whose fields are all tensors."""
+    """A frozen dataclass whose fields are tensors, plans of exchanges, or None."""
 
     def to(self: _T, device: torch.device | str) -> _T:
         """The same batch on another device."""
-        moved = {field.name: getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)}
-        return type(self)(**moved)
+        return self._map(lambda value: value.to(device, non_blocking=True))
 
     def pin_memory(self: _T) -> _T:
         """The same batch in page-locked memory."""
-        return type(self)(**{field.name: getattr(self, field.name).pin_memory() for field in fields(self)})
+        return self._map(lambda value: value.pin_memory())
+
+    def _map(self: _T, function: Callable[[Any], Any]) -> _T:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return type(self)(**{name: None if value is None else function(value) for name, value in values.items()})
 
 
 @dataclass(frozen=True, kw_only=True)
 class GraphBatch(_TensorFields):
-    """Structures of a batch. N atoms, E directed edges, E/2 undirected edges, A angles, G structures.
+    """Structures of a batch. N atoms, E directed edges, U = E/2 undirected edges, A angles, G structures.
+
+    Or one rank's part of it (`matris.graph.partition`): then N, E and A count what the rank owns; sources, undirected
+    edges and what refers to them are local rows, the owned ones first, then those borrowed from other ranks.
 
     Attributes:
         numbers: (N,) int64 atomic numbers.
@@ -46,6 +53,7 @@ class GraphBatch(_TensorFields):
         angle_target_edge, angle_source_edge: (A,) int64 directed edges a and b, sorted by a.
         angle_target, angle_source: (A,) int64 undirected edges of a and b, the nodes of the line graph.
         angle_center: (A,) int64 common target atom.
+        atom_halo, edge_halo: which atoms and undirected edges are borrowed; None for a whole batch.
     """
 
     numbers: Tensor
@@ -63,6 +71,8 @@ class GraphBatch(_TensorFields):
     angle_target: Tensor
     angle_source: Tensor
     angle_center: Tensor
+    atom_halo: HaloPlan | None = None
+    edge_halo: HaloPlan | None = None
 
     @property
     def num_structures(self) -> int:
@@ -75,6 +85,11 @@ class GraphBatch(_TensorFields):
     @property
     def num_edges(self) -> int:
         return len(self.edge_target)
+
+    @property
+    def num_undirected(self) -> int:
+        """Undirected edges that are owned."""
+        return len(self.undirected_edge) if self.edge_halo is None else self.edge_halo.num_owned
 
     @property
     def num_angles(self) -> int:
