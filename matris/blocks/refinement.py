@@ -81,7 +81,7 @@ class LineRefinement(_Refinement):
         center: Tensor,
         update_angles: bool,
     ) -> tuple[Tensor, Tensor]:
-        """Owned edges (U, width), angles (A, width), atoms (N, width), centre of each angle, to updated edges and angles.
+        """Owned edges (U, width), angles (A, width), atoms (N, width), centre of each angle, to updated ones.
 
         Exchanges the edges once, and returns the sums over angles to the edges' owners.
         """
