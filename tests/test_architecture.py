@@ -23,6 +23,7 @@ LEVELS = {
         ("janus.name_clash", "janus.comm.ledger"),
         ("janus", "janus.mesh", "janus.ops"),
         ("janus.comm", "janus.data", "janus.optim", "janus.checkpoint", "janus.telemetry"),
+        ("janus.tensor_parallel", "janus.graph_parallel", "janus.sharding"),
         ("janus.training",),
     ),
     "matris": (
