@@ -18,7 +18,7 @@ from matris.blocks.edges import EdgeSet, Rows
 from matris.blocks.embedding import AngleEmbedding, AtomEmbedding, EdgeEmbedding
 from matris.blocks.geometry import measure
 from matris.blocks.interaction import Connectivity, InteractionBlock
-from matris.blocks.module import MatRISConfig, MegatronModule
+from matris.blocks.module import Layers, MatRISConfig, MegatronModule
 from matris.config import ModelConfig, Precision
 from matris.elements import MAX_Z, SYMBOLS
 from matris.graph.batch import GraphBatch
@@ -106,7 +106,7 @@ class MatRIS(MegatronModule):
             self.atom_embedding = AtomEmbedding(megatron_config)
             self.edge_embedding = EdgeEmbedding(megatron_config)
             self.angle_embedding = AngleEmbedding(megatron_config)
-            self.blocks = nn.ModuleList(
+            self.blocks = Layers(
                 InteractionBlock(megatron_config, is_last=index == config.num_layers - 1)
                 for index in range(config.num_layers)
             )

@@ -25,6 +25,7 @@ with warnings.catch_warnings():
     from megatron.core import tensor_parallel as megatron
     from megatron.core.model_parallel_config import ModelParallelConfig
     from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+    from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
     from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 
@@ -57,6 +58,8 @@ class ColumnParallelLinear(megatron.ColumnParallelLinear):
         matmul_dtype: torch.dtype | None = None,
         disable_grad_reduce: bool = False,
     ) -> None:
+        if stride not in (1, 2):
+            raise ValueError(f"stride is {stride}: checkpoints know 1 and 2 (the halves of a gated unit)")
         _check_divides(out_features, stride, tensor, "output features")
         init = _uniform(in_features**-0.5 if bound is None else bound)
         super().__init__(
@@ -67,9 +70,9 @@ class ColumnParallelLinear(megatron.ColumnParallelLinear):
             bias=bias,
             stride=stride,
             disable_grad_reduce=disable_grad_reduce,
-            tp_group=_group(tensor),
+            tp_group=megatron_group(tensor),
         )
-        self.tensor, self.matmul_dtype = tensor, matmul_dtype
+        self.tensor, self.stride, self.matmul_dtype = tensor, stride, matmul_dtype
         _forget_extra_state(self)
         if bias:
             _fill_bias(self.bias, init(torch.empty(out_features)), tensor, stride)
@@ -78,6 +81,13 @@ class ColumnParallelLinear(megatron.ColumnParallelLinear):
         """The gradient of `x` is all-reduced, unless `disable_grad_reduce`."""
         x = x if self.disable_grad_reduce else copy(x, self.tensor)
         return linear(x, self.weight, self.bias, dtype=self.matmul_dtype)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> Any:
+        """Megatron's; two runs are described as it does the halves of its gated linear units."""
+        found = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self.stride == 1:
+            return found
+        return {name: apply_swiglu_sharded_factory(value, sharded_offsets) for name, value in found.items()}
 
     get_extra_state = nn.Module.get_extra_state
     set_extra_state = nn.Module.set_extra_state
@@ -118,7 +128,7 @@ class RowParallelLinear(megatron.RowParallelLinear):
             bias=bias,
             input_is_parallel=True,
             skip_bias_add=False,
-            tp_group=_group(tensor),
+            tp_group=megatron_group(tensor),
         )
         self.tensor, self.matmul_dtype, self.scatter_output = tensor, matmul_dtype, scatter_output
         _forget_extra_state(self)
@@ -168,7 +178,9 @@ class VocabParallelEmbedding(megatron.VocabParallelEmbedding):
 
     def __init__(self, config: ModelParallelConfig, num_embeddings: int, width: int, *, tensor: Axis) -> None:
         _check_divides(num_embeddings, 1, tensor, "embeddings")
-        super().__init__(num_embeddings, width, init_method=nn.init.normal_, config=config, tp_group=_group(tensor))
+        super().__init__(
+            num_embeddings, width, init_method=nn.init.normal_, config=config, tp_group=megatron_group(tensor)
+        )
         self.tensor = tensor
 
     def forward(self, index: Tensor) -> Tensor:
@@ -179,6 +191,11 @@ class VocabParallelEmbedding(megatron.VocabParallelEmbedding):
         return reduce(rows * is_here[:, None], self.tensor)
 
 
+def megatron_group(tensor: Axis) -> Any:
+    """The axis as Megatron's `tp_group`."""
+    return _OneRank() if tensor.group is None else tensor.group
+
+
 class _OneRank:
     """Stands for a process group of this rank alone: Megatron takes None for its global tensor-parallel group."""
 
@@ -187,10 +204,6 @@ class _OneRank:
 
     def rank(self) -> int:
         return 0
-
-
-def _group(tensor: Axis) -> Any:
-    return _OneRank() if tensor.group is None else tensor.group
 
 
 def _uniform(bound: float) -> Callable[[Tensor], Tensor]:

@@ -14,18 +14,20 @@ from torch import Tensor, nn
 from janus.mesh import Mesh
 from janus.ops.product import linear
 from janus.ops.silu import silu
-from janus.tensor_parallel import ColumnParallelLinear, RowParallelLinear, parallel_gated_norm
+from janus.tensor_parallel import ColumnParallelLinear, RowParallelLinear, megatron_group, parallel_gated_norm
 from matris.config import ModelConfig, NormType
 
 # All imports of Megatron's modules are here, because the first one warns of optional packages that are not needed.
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", "Transformer Engine and Apex are not installed", UserWarning)
-    from megatron.core.dist_checkpointing import ShardedTensor
     from megatron.core.model_parallel_config import ModelParallelConfig
     from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
-    from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
     from megatron.core.transformer.module import MegatronModule as MegatronModule
-    from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+    from megatron.core.transformer.utils import (
+        ensure_metadata_has_dp_cp_group,
+        make_sharded_tensors_for_checkpoint,
+        sharded_state_dict_default,
+    )
 
 
 @dataclass
@@ -106,7 +108,7 @@ class FeedForward(MegatronModule):
 
     def __init__(self, config: MatRISConfig, width: int, *, bias: bool) -> None:
         super().__init__(config)
-        self.layers = nn.ModuleList(
+        self.layers = Layers(
             [
                 column_parallel(config, width, width, bias=bias),
                 row_parallel(config, width, width, bias=bias, scatter_output=False),
@@ -172,10 +174,11 @@ class GatedMLP(MegatronModule):
     def __init__(self, config: MatRISConfig, num_parts: int) -> None:
         super().__init__(config)
         width, self.tensor = config.model.hidden_size, config.mesh.tensor
+        self.tp_group = megatron_group(self.tensor)
         norm_type = config.model.norm_type
         # torch's default for the one layer that these are together.
         bound = (num_parts * width) ** -0.5
-        self.inner = nn.ModuleList(
+        self.inner = Layers(
             column_parallel(config, width, 2 * width, bias=part == 0, stride=2, bound=bound)
             for part in range(num_parts)
         )
@@ -205,20 +208,28 @@ class GatedMLP(MegatronModule):
         )
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> Any:
-        """Megatron's; the inner layers hold the halves of core and gate, as its gated linear units do."""
-        found = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        for name, value in found.items():
-            if ".inner." in name[len(prefix) - 1 :] and isinstance(value, ShardedTensor):
-                found[name] = apply_swiglu_sharded_factory(value, sharded_offsets)
-        own = {name: value for name, value in self.state_dict(keep_vars=True).items() if name.startswith("norm_")}
-        found |= make_sharded_tensors_for_checkpoint(
+        """Megatron's, which takes parameters outside of its own layers for replicated, with the norm's split."""
+        own = {name: value for name, value in self.named_parameters(recurse=False)}
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        split = make_sharded_tensors_for_checkpoint(
             own,
             prefix,
             dict.fromkeys(own, 1),
             sharded_offsets,
-            tp_group=self.core.tp_group,
-            dp_cp_group=None if metadata is None else metadata["dp_cp_group"],
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
         )
+        return super().sharded_state_dict(prefix, sharded_offsets, metadata) | split
+
+
+class Layers(nn.ModuleList):
+    """A list of modules that Megatron's sharded state dict looks into; it takes torch's for replicated tensors."""
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> Any:
+        """Of all modules of the list."""
+        found: dict[str, Any] = {}
+        for index, module in enumerate(self):
+            found |= sharded_state_dict_default(module, f"{prefix}{index}.", sharded_offsets, metadata)
         return found
 
 

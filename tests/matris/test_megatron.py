@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.module import MegatronModule
 from torch import nn
 
@@ -29,11 +30,11 @@ print("sharded", len(state))
 
 def test_layers_are_megatron_modules():
     model = tiny_model()
-    plain = (nn.Linear, nn.ModuleList)
+    layers = (MegatronModule, ColumnParallelLinear, RowParallelLinear, nn.Linear)
     for name, module in model.named_modules():
         has_own = any(True for _ in module.parameters(recurse=False))
-        assert isinstance(module, (MegatronModule, *plain)) or "basis" in name, name
-        assert not has_own or isinstance(module, (MegatronModule, nn.Linear)) or "basis" in name, name
+        assert isinstance(module, (*layers, nn.ModuleList)) or "basis" in name, name
+        assert not has_own or isinstance(module, layers) or "basis" in name, name
     model.set_is_first_microbatch()
 
 

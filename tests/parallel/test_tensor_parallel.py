@@ -7,6 +7,7 @@ from typing import Any
 import ase.build
 import pytest
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from torch import Tensor
 
 from janus.comm.adjoint import gather
@@ -62,7 +63,7 @@ def measured(mesh: Mesh, config: ModelConfig) -> dict[str, Any]:
     return result
 
 
-def whole(value: Tensor, parameter: Tensor, mesh: Mesh) -> Tensor:
+def whole(value: Tensor, parameter: Tensor | None, mesh: Mesh) -> Tensor:
     if not getattr(parameter, "tensor_model_parallel", False):
         return value
     runs = value.chunk(parameter.partition_stride, dim=parameter.partition_dim)
@@ -105,6 +106,30 @@ def test_tensor_parallel_model_is_that_of_one_process(world_size: int, config: M
                     difference,
                 )
         assert result["share"] == pytest.approx(alone["share"] / world_size, rel=1e-3)
+
+
+def described(mesh: Mesh) -> dict[str, list[tuple[str, tuple[int, ...], tuple[int, ...]]]]:
+    """Name, whole shape and place of every piece that Megatron's checkpoints would write."""
+    model = MatRIS(CONFIGS[0], seed=1, mesh=mesh)
+    found = {}
+    for name, entry in model.sharded_state_dict().items():
+        pieces = entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]
+        found[name] = [(piece.key, tuple(piece.global_shape), tuple(piece.global_offset)) for piece in pieces]
+        for piece in pieces:
+            local = tuple(slice(o, o + n) for o, n in zip(piece.global_offset, piece.local_shape, strict=True))
+            # The piece lies in the whole tensor where Megatron is told that it does.
+            whole_tensor = whole(model.state_dict()[name], dict(model.named_parameters()).get(name), mesh)
+            assert torch.equal(whole_tensor[local], piece.data), name
+    return found
+
+
+def test_megatron_checkpoints_know_the_pieces() -> None:
+    shapes = {name: tuple(value.shape) for name, value in MatRIS(CONFIGS[0]).state_dict().items()}
+    for found in run_ranks(2, described, layout={"tensor": 2}):
+        assert found.keys() == shapes.keys()
+        for name, pieces in found.items():
+            assert {(key, shape) for key, shape, _ in pieces} == {(name, shapes[name])}
+        assert len(found["blocks.0.line_attention.logits.weight"]) == 2
 
 
 def embed(mesh: Mesh) -> tuple[Tensor, Tensor]:

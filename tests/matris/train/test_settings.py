@@ -84,8 +84,11 @@ def test_examples_are_valid(path: Path) -> None:
         ("--data.train a --training.train_iters 5 --data.energy_scale -1", "it must be positive"),
         ("--data.train a --training.train_iters 5 --data.energy_scale 2 --init_from x", "keeps the scale of the base"),
         ("--data.train a --training.train_iters 5 --training.precision fp16", "training.precision"),
-        ("--data.train a --training.train_iters 5 --parallel.tensor_model_parallel_size 2", "supports only 1"),
-        ("--data.train a --training.train_iters 5 --parallel.context_parallel_size 4", "supports only 1"),
+        (
+            "--data.train a --training.train_iters 5 --parallel.tensor_model_parallel_size 0",
+            "tensor_model_parallel_size is 0",
+        ),
+        ("--data.train a --training.train_iters 5 --parallel.expert_model_parallel_size 4", "supports only 1"),
         ("--data.train a --training.train_iters 5 --model.num_layers 0", "model.num_layers is 0"),
         ("--data.train a --training.train_iters 5 --data.valid b --data.valid_fraction 0.5", "give one of them"),
         (
