@@ -79,8 +79,9 @@ def build_setup(config: TrainConfig, mesh: Mesh) -> Setup:
     data = config.data
     hyper = hyper_parameters(config)
     # Rank 0 first: it prepares raw files, and tells all others if something is wrong with them.
-    on_main_rank(lambda: len(_open_datasets(config, hyper).train), mesh)
-    datasets = _open_datasets(config, hyper)
+    opened: list[Datasets] = []
+    on_main_rank(lambda: opened.append(_open_datasets(config, hyper)), mesh)
+    datasets = opened[0] if mesh.is_main else _open_datasets(config, hyper)
     statistics = label_statistics(datasets.train, mesh)
     model = _build_model(config, hyper, statistics).to(mesh.device)
     # Weight decay would wear off a head that nothing trains.
@@ -168,7 +169,7 @@ def _open_datasets(config: TrainConfig, hyper: ModelConfig) -> Datasets:
     data, weights = config.data, config.loss
     refuse_idle_keys([*data.train, *data.valid, *data.test], _label_keys(data))
 
-    def open_set(paths: list[str], wanted: list[str]) -> StructureDataset | None:
+    def open_set(paths: list[str], wanted: list[str], split_key: str | None = None) -> StructureDataset | None:
         if not paths:
             return None
         return open_dataset(
@@ -179,11 +180,12 @@ def _open_datasets(config: TrainConfig, hyper: ModelConfig) -> Datasets:
             wanted=wanted,
             cache_dir=data.cache_dir,
             num_workers=data.num_workers,
+            split_key=split_key,
         )
 
     # Stress may be missing everywhere (molecules); what has a weight otherwise must be in some structure.
     wanted = [name for name in ("energy", "forces", "magmoms") if getattr(weights, f"{name}_weight") > 0.0]
-    train = open_set(data.train, wanted)
+    train = open_set(data.train, wanted, data.split_key)
     assert train is not None
     # What is learned is validated: a term without labels would be zero, and the untrained model the best.
     weighted = [name for name in LABEL_NAMES if getattr(weights, f"{name}_weight") > 0.0]
@@ -207,7 +209,8 @@ def _open_datasets(config: TrainConfig, hyper: ModelConfig) -> Datasets:
                 f"data.valid_fraction is {data.valid_fraction:g}, which leaves nothing of the {len(train)} training "
                 f"structures to learn from: choose at most {largest:g}, or give data.valid"
             )
-        train, valid = train.split(data.valid_fraction, config.training.seed)
+        groups = None if data.split_key is None else train.groups()
+        train, valid = train.split(data.valid_fraction, config.training.seed, groups)
         if not any(getattr(valid.label_presence, name).any() for name in learned):
             raise ValueError(
                 f"the {len(valid)} structures set aside by data.valid_fraction {data.valid_fraction:g} have none of "

@@ -21,6 +21,8 @@ class DataConfig:
         test: test data, evaluated with the best model at the end.
         valid_fraction: share of the training structures that is set aside, by `training.seed`, where `valid` is empty;
             leave it out where `valid` is given.
+        split_key: info entry of every frame (a trajectory, a composition): `valid_fraction` then sets whole groups
+            aside, and no group is on both sides. Stores must have been prepared with the same --split_key.
         global_batch_size: structures per update, over all ranks and micro-batches together; 16 unless one of the next
             three is given.
         global_max_atoms: in place of `global_batch_size`: atoms per update, over all ranks and micro-batches together;
@@ -49,6 +51,7 @@ class DataConfig:
     valid: list[str] = field(default_factory=list)
     test: list[str] = field(default_factory=list)
     valid_fraction: float = 0.1
+    split_key: str | None = None
     global_batch_size: int | None = None
     global_max_atoms: int | None = None
     global_max_edges: int | None = None
@@ -80,6 +83,11 @@ class DataConfig:
         if self.valid and self.valid_fraction not in (0.0, DataConfig.valid_fraction):
             raise ValueError(
                 f"data.valid_fraction is {self.valid_fraction}, and data.valid names files: give one of them"
+            )
+        if self.split_key is not None and (self.valid or not self.valid_fraction):
+            raise ValueError(
+                f"data.split_key is {self.split_key!r}, but nothing is split: "
+                f"{'data.valid names files' if self.valid else 'data.valid_fraction is 0'}; leave it out"
             )
         if self.global_batch_size is not None and self.has_global_budget:
             raise ValueError(

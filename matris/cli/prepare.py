@@ -31,6 +31,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="fail unless each of these is in at least one frame: energy, forces, stress, magmoms",
     )
     parser.add_argument("--task", help="name of the level of theory (default: that of an input store, else `default`)")
+    parser.add_argument(
+        "--split_key",
+        metavar="NAME",
+        help="info entry that every frame has (a trajectory, a composition): its value is stored, so that training can "
+        "set whole groups aside for validation (--data.split_key)",
+    )
     parser.add_argument("--pairwise_cutoff", type=float, default=6.0, help="of the counts of edges, Angstrom")
     parser.add_argument("--three_body_cutoff", type=float, default=4.5, help="of the counts of angles, Angstrom")
     parser.add_argument("--num_workers", type=worker_count, default=num_available_cores(), help="processes")
@@ -53,6 +59,7 @@ def main(argv: list[str]) -> int:
             task=options.task,
             pairwise_cutoff=options.pairwise_cutoff,
             three_body_cutoff=options.three_body_cutoff,
+            split_key=options.split_key,
         ),
         num_workers=options.num_workers,
         progress=True,

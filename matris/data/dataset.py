@@ -18,7 +18,7 @@ from torch import Tensor
 from janus.data.packing import Budget
 from janus.data.parallel_map import map_in_order
 from janus.data.store import COPY_RECORDS, StoreReader
-from matris.data.frames import FileKind, expand_path, file_kind
+from matris.data.frames import FileKind, check_split_key, expand_path, file_kind
 from matris.data.labels import LabelKeys
 from matris.data.prepare import PrepareOptions, PrepareReport, check_wanted, prepare
 from matris.data.records import LABEL_NAMES, Sample, from_record
@@ -90,8 +90,20 @@ class StructureDataset:
         records = indices if self._records is None else self._records[indices]
         return StructureDataset(self.stores, self._all_sizes, records=records)
 
-    def split(self, fraction: float, seed: int) -> tuple[StructureDataset, StructureDataset]:
+    def groups(self) -> np.ndarray:
+        """(n,) number of each record's group; of stores that were prepared with a split key."""
+        values = np.concatenate([store.column("group") for store in self.stores if len(store)])
+        chosen = values if self._records is None else values[self._records]
+        return np.unique(chosen, return_inverse=True)[1]
+
+    def split(
+        self, fraction: float, seed: int, groups: np.ndarray | None = None
+    ) -> tuple[StructureDataset, StructureDataset]:
         """The rest, and a random `fraction` of the records (at least one), each in the order of the files.
+
+        Args:
+            groups: (n,) number of each record's group; then whole groups are set aside, as many as bring their records
+                nearest to the fraction.
 
         Raises:
             ValueError: a fraction outside 0..1, or so large that nothing is left.
@@ -101,6 +113,9 @@ class StructureDataset:
             raise ValueError(
                 f"cannot set aside a fraction of {fraction:g} of {len(self)} records: choose between 0 and 1"
             )
+        if groups is not None:
+            aside = groups_aside(groups, count, seed)[groups]
+            return self.subset(np.flatnonzero(~aside)), self.subset(np.flatnonzero(aside))
         order = np.random.default_rng(seed).permutation(len(self))
         return self.subset(np.sort(order[count:])), self.subset(np.sort(order[:count]))
 
@@ -108,6 +123,26 @@ class StructureDataset:
         record = index if self._records is None else int(self._records[index])
         which = int(np.searchsorted(self._ends, record, side="right"))
         return self.stores[which], record - (int(self._ends[which - 1]) if which else 0)
+
+
+def groups_aside(groups: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Which groups to set aside, (number of groups,) bool: at random, at least one, never all, about `count` records.
+
+    Raises:
+        ValueError: a single group.
+    """
+    sizes = np.bincount(groups)
+    if len(sizes) < 2:
+        raise ValueError(f"all {len(groups)} records are in one group: a split by groups needs at least two")
+    aside = np.zeros(len(sizes), dtype=bool)
+    order = np.random.default_rng(seed).permutation(len(sizes))
+    taken = 0
+    for group in order:
+        if abs(taken + sizes[group] - count) < abs(taken - count) and aside.sum() < len(sizes) - 1:
+            aside[group], taken = True, taken + sizes[group]
+    if not taken:  # every group is larger than twice the wanted number
+        aside[order[np.argmin(sizes[order])]] = True
+    return aside
 
 
 def open_dataset(
@@ -120,6 +155,7 @@ def open_dataset(
     cache_dir: Path | str | None = None,
     num_workers: int = 0,
     progress: bool = False,
+    split_key: str | None = None,
 ) -> StructureDataset:
     """Stores as they are; other files prepared on first use into a cache, by one process while others wait.
 
@@ -133,6 +169,7 @@ def open_dataset(
             file and by the options, so they never go stale.
         num_workers: processes that prepare.
         progress: show bars.
+        split_key: info entry by which the records are grouped; stores must have been prepared with it.
     Raises:
         ValueError: unreadable or corrupt files, a wanted label found nowhere, no record.
     """
@@ -141,7 +178,13 @@ def open_dataset(
     cache = Path(cache_dir) if cache_dir is not None else Path.home() / ".cache" / "janus-matris"
     keys = keys or LabelKeys()
     # Labels are looked for in all paths together, so none is wanted of a single file.
-    options = PrepareOptions(keys=keys, wanted=(), pairwise_cutoff=pairwise_cutoff, three_body_cutoff=three_body_cutoff)
+    options = PrepareOptions(
+        keys=keys,
+        wanted=(),
+        pairwise_cutoff=pairwise_cutoff,
+        three_body_cutoff=three_body_cutoff,
+        split_key=split_key,
+    )
     stores, sizes = [], []
     for path in paths:
         files = expand_path(str(path))
@@ -149,6 +192,8 @@ def open_dataset(
             files = [str(_prepare_into_cache(str(path), files, cache, options, num_workers, progress))]
         for file in files:
             store = StoreReader(file)
+            if split_key is not None:
+                check_split_key(store, split_key)
             stores.append(store)
             sizes.append(_sizes(store, cache, options, num_workers))
     dataset = StructureDataset(stores, np.concatenate(sizes))

@@ -162,16 +162,19 @@ def _num_bytes(frame: Any) -> int:
     return 0 if isinstance(frame, int | bytes) else 200 * len(frame)
 
 
-def read_block(block: FrameBlock, keys: LabelKeys, task: str | None) -> Iterator[Frame | ValueError]:
+def read_block(
+    block: FrameBlock, keys: LabelKeys, task: str | None, split_key: str | None = None
+) -> Iterator[Frame | ValueError]:
     """The frames of a block; one that cannot be used comes as the error that says why, with file and frame number.
 
     Args:
         keys: where the labels are.
         task: of all frames; None keeps the task of a store's record and means "default" elsewhere.
+        split_key: name of the info entry that says which frames stay together when data sets are split.
     """
     if block.kind is FileKind.store:
         try:
-            yield from _read_records(block, task)
+            yield from _read_records(block, task, split_key)
         except ValueError as error:
             yield error
         return
@@ -180,7 +183,7 @@ def read_block(block: FrameBlock, keys: LabelKeys, task: str | None) -> Iterator
         try:
             if isinstance(outcome, Exception):
                 raise outcome
-            yield _frame(outcome, identifier, keys, task or "default")
+            yield _frame(outcome, identifier, keys, task or "default", split_key)
         except Exception as error:
             yield ValueError(f"{block.path}, frame {number} (counted from 0): {_reason(error)}")
 
@@ -195,14 +198,45 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def _frame(atoms: Atoms, identifier: str, keys: LabelKeys, task: str) -> Frame:
+def _frame(atoms: Atoms, identifier: str, keys: LabelKeys, task: str, split_key: str | None) -> Frame:
     structure = Structure.from_atoms(atoms)
     found = read_labels(atoms, keys)
     charge, spin = read_charge_and_spin(atoms)
     sample = Sample(
-        identifier=identifier, structure=structure, labels=found.labels, task=task, charge=charge, spin=spin
+        identifier=identifier,
+        structure=structure,
+        labels=found.labels,
+        task=task,
+        charge=charge,
+        spin=spin,
+        group=None if split_key is None else _group(atoms, split_key),
     )
     return Frame(sample=sample, sources=found.sources, keys=frozenset(present_keys(atoms)))
+
+
+def _group(atoms: Atoms, split_key: str) -> str:
+    value = atoms.info.get(split_key)
+    if value is None or not str(value).strip():
+        raise ValueError(
+            f"no info entry {split_key!r}, by which the data are to be split (entries: "
+            f"{', '.join(sorted(map(str, atoms.info))) or 'none'}): every frame needs one"
+        )
+    return " ".join(str(value).split())
+
+
+def check_split_key(store: StoreReader, split_key: str) -> None:
+    """Stores hold the groups of the key that they were prepared with.
+
+    Raises:
+        ValueError: another key, or none.
+    """
+    found = store.attributes.get("split_key")
+    if len(store) and found != split_key:
+        has = "no such key" if found is None else f"the key {found!r}"
+        raise ValueError(
+            f"{store.path}: to be split by {split_key!r}, but it was prepared with {has}: prepare it again from the "
+            f"original files with --split_key {split_key}"
+        )
 
 
 def _split_xyz(path: str) -> Iterator[tuple[str, int]]:
@@ -352,9 +386,13 @@ def _split_store(path: str) -> Iterator[tuple[int, int]]:
         yield number, size * (number + 1) // count
 
 
-def _read_records(block: FrameBlock, task: str | None) -> Iterator[Frame]:
-    for record in StoreReader(block.path).read(block.frames[0], block.frames[-1] + 1):
+def _read_records(block: FrameBlock, task: str | None, split_key: str | None) -> Iterator[Frame]:
+    store = StoreReader(block.path)
+    if split_key is not None:
+        check_split_key(store, split_key)
+    for record in store.read(block.frames[0], block.frames[-1] + 1):
         sample = from_record(record)
+        sample = sample if split_key is not None else replace(sample, group=None)
         labels = vars(sample.labels)
         sources = {name: "store" for name, value in labels.items() if value is not None}
         sample = sample if task is None else replace(sample, task=task)

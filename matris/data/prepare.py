@@ -43,6 +43,7 @@ class PrepareOptions:
         wanted: labels of which at least one must be found; names of `Labels`.
         task: name of the level of theory; None keeps that of input stores ("default" for other files).
         pairwise_cutoff, three_body_cutoff: of the counts of edges and angles, Angstrom.
+        split_key: info entry whose value is stored as the group of a frame, for splits that keep groups together.
     """
 
     keys: LabelKeys = field(default_factory=LabelKeys)
@@ -50,6 +51,7 @@ class PrepareOptions:
     task: str | None = None
     pairwise_cutoff: float = 6.0
     three_body_cutoff: float = 4.5
+    split_key: str | None = None
 
     def __post_init__(self) -> None:
         unknown = set(self.wanted) - set(LABEL_NAMES)
@@ -239,7 +241,7 @@ def _write_part(part: tuple[Path, FrameBlock], options: PrepareOptions, strict: 
     problems: list[str] = []
     keys: set[str] = set()
     sources = {name: Counter[str]() for name in LABEL_NAMES}
-    for frame in read_block(block, options.keys, options.task):
+    for frame in read_block(block, options.keys, options.task, options.split_key):
         try:
             if isinstance(frame, ValueError):
                 raise frame
@@ -277,6 +279,7 @@ def _attributes(options: PrepareOptions, fingerprint: str, report: PrepareReport
         "pairwise_cutoff": options.pairwise_cutoff,
         "three_body_cutoff": options.three_body_cutoff,
         "units": "eV, Angstrom, eV/A, eV/A^3 (tensile positive), Bohr magneton",
+        "split_key": options.split_key,
         "fingerprint": fingerprint,
         "report": asdict(report),
     }

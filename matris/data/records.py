@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from matris.graph.structure import Labels, Structure
 
 LABEL_NAMES = ("energy", "forces", "stress", "magmoms")
 MAX_TASK_BYTES = 32
+MAX_GROUP_BYTES = 64
 
 FIELDS = (
     Field(name="numbers", dtype="uint8", axis="atoms"),
@@ -27,6 +29,7 @@ FIELDS = (
     Field(name="charge", dtype="float64"),
     Field(name="spin", dtype="float64"),
     Field(name="task", dtype=f"S{MAX_TASK_BYTES}"),
+    Field(name="group", dtype=f"S{MAX_GROUP_BYTES}", optional=True),
     Field(name="identifier", dtype="uint8", axis="identifier"),
     Field(name="size", dtype="int64", shape=(3,)),
 )
@@ -42,6 +45,7 @@ class Sample:
         task: name of the level of theory whose reference energies and metrics apply.
         charge: total charge, e.
         spin: spin multiplicity 2S+1; 0 where the data do not say.
+        group: value of the key by which data sets are split (a trajectory, a composition); None without such a key.
     """
 
     identifier: str
@@ -50,6 +54,7 @@ class Sample:
     task: str = "default"
     charge: float = 0.0
     spin: float = 0.0
+    group: str | None = None
 
 
 def to_record(sample: Sample, size: GraphSize) -> dict[str, Any]:
@@ -67,14 +72,24 @@ def to_record(sample: Sample, size: GraphSize) -> dict[str, Any]:
         "charge": sample.charge,
         "spin": sample.spin,
         "task": task,
+        "group": None if sample.group is None else _group_bytes(sample.group),
         "identifier": np.frombuffer(sample.identifier.encode(), np.uint8),
         "size": (size.num_atoms, size.num_edges, size.num_angles),
     }
 
 
+def _group_bytes(group: str) -> bytes:
+    """The value itself, or of a long one its beginning and a digest: equal exactly where the values are."""
+    value = group.encode()
+    if len(value) <= MAX_GROUP_BYTES:
+        return value
+    digest = hashlib.sha256(value).hexdigest()[: MAX_GROUP_BYTES // 2]
+    return value[: MAX_GROUP_BYTES // 2 - 1].decode(errors="ignore").encode() + b"~" + digest.encode()
+
+
 def from_record(record: Mapping[str, Any]) -> Sample:
     """The sample that `to_record` was given."""
-    energy = record["energy"]
+    energy, group = record["energy"], record.get("group")  # older stores have no groups
     return Sample(
         identifier=record["identifier"].tobytes().decode(),
         structure=Structure(
@@ -92,4 +107,5 @@ def from_record(record: Mapping[str, Any]) -> Sample:
         task=bytes(record["task"]).decode(),
         charge=float(record["charge"]),
         spin=float(record["spin"]),
+        group=None if group is None else bytes(group).decode(),
     )
