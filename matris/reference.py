@@ -244,8 +244,7 @@ def reference_names(config: ModelConfig, *, has_reference: bool) -> Iterator[tup
 
 def _gated_names(config: ModelConfig, ours: str, theirs: str) -> Iterator[tuple[str, tuple[str, ...]]]:
     halves = ("core", "gate")
-    num_parts = 4 if ours.endswith("line_refinement.message") else 3
-    for part in range(num_parts):
+    for part in range(_num_parts(ours)):
         yield f"{ours}.inner.{part}.weight", tuple(f"{theirs}.mlp_{half}.layers.0.weight" for half in halves)
     yield f"{ours}.inner.0.bias", tuple(f"{theirs}.mlp_{half}.layers.0.bias" for half in halves)
     for kind in ("weight", "bias"):
@@ -253,6 +252,12 @@ def _gated_names(config: ModelConfig, ours: str, theirs: str) -> Iterator[tuple[
             yield f"{ours}.{half}.{kind}", (f"{theirs}.mlp_{half}.layers.3.{kind}",)
     for kind in ("weight", "bias") if config.norm_type is NormType.layer else ("weight",):
         yield f"{ours}.norm_{kind}", tuple(f"{theirs}.{half}_norm.{kind}" for half in halves)
+
+
+def _num_parts(gated: str) -> int:
+    """Features that a gated MLP takes, from its name: two nodes and their edge, and in a line graph the atom as well
+    where messages are refined."""
+    return 4 if gated.endswith("line_refinement.message") else 3
 
 
 def _join(parts: list[Tensor], name: str, config: ModelConfig, shape: torch.Size) -> Tensor | None:
@@ -264,11 +269,11 @@ def _join(parts: list[Tensor], name: str, config: ModelConfig, shape: torch.Size
     value = torch.cat(parts)
     if len(shape) == 1 and value.dim() == 2 and value.shape[0] == 1:
         value = value[0]
-    inner = re.fullmatch(r".*\.inner\.(\d)\.weight", name)
+    inner = re.fullmatch(r"(.*)\.inner\.(\d)\.weight", name)
     if inner:
         # The reference multiplies concatenated features: each of our layers is a block of its columns.
-        num_parts = 4 if "line_refinement" in name else 3
+        num_parts = _num_parts(inner[1])
         if value.dim() != 2 or value.shape[1] != num_parts * config.hidden_size:
             return None
-        value = value.chunk(num_parts, dim=1)[int(inner[1])]
+        value = value.chunk(num_parts, dim=1)[int(inner[2])]
     return value if value.shape == shape else None
