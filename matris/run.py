@@ -51,10 +51,12 @@ def run_training(config: TrainConfig) -> int:
     parallel = config.parallel
     with open_mesh(
         config.training.device,
-        tensor=parallel.tensor_model_parallel_size,
+        shard=parallel.fully_sharded_size,
         graph=parallel.context_parallel_size,
+        tensor=parallel.tensor_model_parallel_size,
         expert=parallel.expert_model_parallel_size,
         pipeline=parallel.pipeline_model_parallel_size,
+        timeout_minutes=parallel.distributed_timeout_minutes,
     ) as mesh:
         output = Path(config.training.output)
         if not config.dry_run:
