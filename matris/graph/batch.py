@@ -158,16 +158,15 @@ class LabelTotals:
 
 
 def collate_graphs(graphs: Sequence[Graph]) -> GraphBatch:
-    """Join graphs into one batch; indices are shifted, nothing else changes."""
-    if not graphs:
-        raise ValueError("a batch needs at least one structure")
-    atoms = np.array([graph.num_atoms for graph in graphs])
-    edges = np.array([graph.num_edges for graph in graphs])
+    """Join graphs into one batch; indices are shifted, nothing else changes. Without graphs the batch is empty."""
+    atoms = np.array([graph.num_atoms for graph in graphs], dtype=np.int64)
+    edges = np.array([graph.num_edges for graph in graphs], dtype=np.int64)
     atom_offset = np.cumsum(atoms) - atoms
     edge_offset = np.cumsum(edges) - edges
 
     def join(name: str, offsets: np.ndarray) -> np.ndarray:
-        return np.concatenate([getattr(graph, name) + offset for graph, offset in zip(graphs, offsets, strict=True)])
+        shifted = [getattr(graph, name) + offset for graph, offset in zip(graphs, offsets, strict=True)]
+        return np.concatenate([np.empty(0, np.int64), *shifted])
 
     edge_target = join("edge_target", atom_offset)
     edge_undirected = join("edge_undirected", edge_offset // 2)
@@ -175,14 +174,14 @@ def collate_graphs(graphs: Sequence[Graph]) -> GraphBatch:
     angle_source_edge = join("angle_source_edge", edge_offset)
     structures = [graph.structure for graph in graphs]
     arrays = {
-        "numbers": np.concatenate([structure.numbers for structure in structures]),
-        "positions": np.concatenate([structure.positions for structure in structures]),
-        "cell": np.stack([structure.cell for structure in structures]),
+        "numbers": np.concatenate([np.empty(0, np.int64), *(structure.numbers for structure in structures)]),
+        "positions": np.concatenate([np.empty((0, 3)), *(structure.positions for structure in structures)]),
+        "cell": np.array([structure.cell for structure in structures]).reshape(-1, 3, 3),
         "structure_index": np.repeat(np.arange(len(graphs)), atoms),
         "atoms_per_structure": atoms,
         "edge_target": edge_target,
         "edge_source": join("edge_source", atom_offset),
-        "edge_image": np.concatenate([graph.edge_image for graph in graphs]),
+        "edge_image": np.concatenate([np.empty((0, 3), np.int64), *(graph.edge_image for graph in graphs)]),
         "edge_undirected": edge_undirected,
         "undirected_edge": join("undirected_edge", edge_offset),
         "angle_target_edge": angle_target_edge,
@@ -195,7 +194,7 @@ def collate_graphs(graphs: Sequence[Graph]) -> GraphBatch:
 
 
 def collate_labels(labels: Sequence[Labels], num_atoms: Sequence[int]) -> LabelBatch:
-    """Stack labels, with masks for the missing ones.
+    """Stack labels, with masks for the missing ones. Without labels the result is empty.
 
     Args:
         labels: one per structure.
@@ -207,10 +206,10 @@ def collate_labels(labels: Sequence[Labels], num_atoms: Sequence[int]) -> LabelB
             np.zeros((count, *width)) if getattr(label, name) is None else np.asarray(getattr(label, name), np.float64)
             for label, count in zip(labels, num_atoms, strict=True)
         ]
-        return torch.from_numpy(np.concatenate(rows))
+        return torch.from_numpy(np.concatenate([np.empty((0, *width)), *rows]))
 
     def mask(name: str) -> Tensor:
-        return torch.tensor([getattr(label, name) is not None for label in labels])
+        return torch.tensor([getattr(label, name) is not None for label in labels], dtype=torch.bool)
 
     stress = [np.zeros((3, 3)) if label.stress is None else label.stress for label in labels]
     return LabelBatch(
@@ -218,7 +217,7 @@ def collate_labels(labels: Sequence[Labels], num_atoms: Sequence[int]) -> LabelB
         energy_mask=mask("energy"),
         forces=per_atom("forces", (3,)),
         forces_mask=mask("forces"),
-        stress=torch.from_numpy(np.stack(stress).astype(np.float64)),
+        stress=torch.from_numpy(np.array(stress, dtype=np.float64).reshape(-1, 3, 3)),
         stress_mask=mask("stress"),
         magmoms=per_atom("magmoms", ()),
         magmoms_mask=mask("magmoms"),

@@ -71,8 +71,6 @@ def test_batches_shift_indices_only():
     assert (batch.edge_target[batch.angle_target_edge] == batch.angle_center).all()
     assert (batch.edge_target[batch.angle_source_edge] == batch.angle_center).all()
     assert (batch.edge_undirected[batch.undirected_edge].numpy() == np.arange(batch.num_edges // 2)).all()
-    with pytest.raises(ValueError, match="at least one structure"):
-        collate_graphs([])
 
 
 def test_labels_are_masked_not_filled():
