@@ -33,6 +33,10 @@ from torch import Tensor
 
 from janus.mesh import Axis
 
+# Newer releases of torch warn about the older names.
+_all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_flat = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 # Public: the pairs ---------------------------------------------------------------------------------------------------
 
 
@@ -89,21 +93,25 @@ def all_to_all(rows: Tensor, axis: Axis, *, send: Sequence[int], receive: Sequen
 def start_all_to_all(rows: Tensor, axis: Axis, *, send: Sequence[int], receive: Sequence[int]) -> PendingRows:
     """Starts `all_to_all` and returns at once; what is computed before `wait` overlaps with it, in every derivative."""
     if axis.size == 1:
-        return PendingRows(rows=rows, exchange=None)
+        return PendingRows(ticket=rows, exchange=None)
     exchange = _Exchange(axis=axis, send=tuple(send), receive=tuple(receive))
-    return PendingRows(rows=_Start.apply(rows, exchange), exchange=exchange)
+    return PendingRows(ticket=_Start.apply(rows, exchange), exchange=exchange)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PendingRows:
-    """Rows that are under way; `wait` must be called exactly once."""
+    """Rows that are under way; `wait` must be called exactly once.
 
-    rows: Tensor
+    Attributes:
+        ticket: () stands for them in the record of autograd; without an exchange the rows themselves.
+    """
+
+    ticket: Tensor
     exchange: _Exchange | None
 
     def wait(self) -> Tensor:
         """The rows that have arrived."""
-        return self.rows if self.exchange is None else _Wait.apply(self.rows, self.exchange)
+        return self.ticket if self.exchange is None else _Wait.apply(self.ticket, self.exchange)
 
 
 # The autograd functions ----------------------------------------------------------------------------------------------
@@ -116,7 +124,7 @@ class _Copy(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return _Reduce.apply(grad, ctx.axis), None
 
 
@@ -127,7 +135,7 @@ class _Reduce(torch.autograd.Function):
         return all_reduced(x, axis)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return _Copy.apply(grad, ctx.axis), None
 
 
@@ -138,7 +146,7 @@ class _Gather(torch.autograd.Function):
         return _gathered(x, axis, dim, sizes)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return _Scatter.apply(grad, *ctx.arguments), None, None, None
 
 
@@ -149,7 +157,7 @@ class _Scatter(torch.autograd.Function):
         return x.narrow(dim, sum(sizes[: axis.rank]), sizes[axis.rank]).clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return _Gather.apply(grad, *ctx.arguments), None, None, None
 
 
@@ -160,7 +168,7 @@ class _AllGather(torch.autograd.Function):
         return _gathered(x, axis, dim, sizes)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return _ReduceScatter.apply(grad, *ctx.arguments), None, None, None
 
 
@@ -171,7 +179,7 @@ class _ReduceScatter(torch.autograd.Function):
         return _reduce_scattered(x, axis, dim, sizes)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return _AllGather.apply(grad, *ctx.arguments), None, None, None
 
 
@@ -180,11 +188,12 @@ class _Exchange:
     """One all-to-all under way, shared by its `_Start` and its `_Wait`.
 
     The backward pass meets them in the opposite order: that of `_Wait` starts the adjoint, that of `_Start` waits for
-    it, so there as well everything between the two is computed meanwhile.
+    it, so there as well everything between the two is computed meanwhile. What autograd passes between them is a ticket
+    without content, for a gradient must have the shape of its tensor, and the adjoint's rows are others in number.
 
     Attributes:
         adjoint: the exchange that the running backward pass has started.
-        work, sent: the running collective, and the buffer that it reads.
+        work, sent, received: the running collective, and its buffers.
     """
 
     axis: Axis
@@ -193,28 +202,34 @@ class _Exchange:
     adjoint: _Exchange | None = None
     work: Any = None
     sent: Tensor | None = field(default=None, repr=False)
+    received: Tensor | None = field(default=None, repr=False)
 
     def start(self, rows: Tensor) -> Tensor:
+        """Returns the ticket."""
         if rows.shape[0] != sum(self.send):
             raise ValueError(f"an all-to-all of {rows.shape[0]} rows, but the plan sends {list(self.send)}")
         self.sent = rows.detach().contiguous()
-        received = rows.new_empty((sum(self.receive), *rows.shape[1:]))
+        self.received = rows.new_empty((sum(self.receive), *rows.shape[1:]))
         row_bytes = rows.new_empty((1, *rows.shape[1:])).nbytes
         remote = sum(self.send) - self.send[self.axis.rank]
         _record(self.axis, "all_to_all", rows.nbytes, remote * row_bytes)
         self.work = dist.all_to_all_single(
-            received, self.sent, list(self.receive), list(self.send), group=self.axis.group, async_op=True
+            self.received, self.sent, list(self.receive), list(self.send), group=self.axis.group, async_op=True
         )
-        return received
+        return rows.new_zeros(())
 
-    def wait(self) -> None:
+    def wait(self) -> Tensor:
+        """Returns the rows that have arrived."""
+        assert self.received is not None, "wait is called once, after start"
         if self.work is not None:
             self.work.wait()
-        self.work = self.sent = None
+        received = self.received
+        self.work = self.sent = self.received = None
+        return received
 
 
 class _Start(torch.autograd.Function):
-    """Starts an exchange; the result must go through `_Wait` before anyone reads it."""
+    """Starts an exchange; its ticket must go through `_Wait`."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, exchange: _Exchange) -> Tensor:
@@ -222,21 +237,20 @@ class _Start(torch.autograd.Function):
         return exchange.start(rows)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor):
+    def backward(ctx: Any, ticket: Tensor) -> tuple[Tensor | None, ...]:
         adjoint, ctx.exchange.adjoint = ctx.exchange.adjoint, None
         assert adjoint is not None, "the backward pass of _Wait runs first"
-        return _Wait.apply(grad, adjoint), None
+        return _Wait.apply(ticket, adjoint), None
 
 
 class _Wait(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, exchange: _Exchange) -> Tensor:
+    def forward(ctx: Any, ticket: Tensor, exchange: _Exchange) -> Tensor:
         ctx.exchange = exchange
-        exchange.wait()
-        return rows.view_as(rows)
+        return exchange.wait()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         exchange = ctx.exchange
         exchange.adjoint = _Exchange(axis=exchange.axis, send=exchange.receive, receive=exchange.send)
         return _Start.apply(grad, exchange.adjoint), None
@@ -261,7 +275,7 @@ def _gathered(x: Tensor, axis: Axis, dim: int, sizes: tuple[int, ...]) -> Tensor
         own = torch.cat([own, own.new_zeros((largest - len(own), *own.shape[1:]))])
     whole = own.new_empty((axis.size * largest, *own.shape[1:]))
     _record(axis, "all_gather", own.nbytes, (axis.size - 1) * own.nbytes)
-    dist.all_gather_into_tensor(whole, own, group=axis.group)
+    _all_gather_flat(whole, own, group=axis.group)
     if min(sizes) < largest:
         whole = torch.cat([part[:size] for part, size in zip(whole.split(largest), sizes, strict=True)])
     return whole.movedim(0, dim).contiguous()
@@ -277,7 +291,7 @@ def _reduce_scattered(x: Tensor, axis: Axis, dim: int, sizes: tuple[int, ...]) -
         whole = padded.flatten(0, 1)
     own = whole.new_empty((largest, *whole.shape[1:]))
     _record(axis, "reduce_scatter", whole.nbytes, (axis.size - 1) * whole.nbytes / axis.size)
-    dist.reduce_scatter_tensor(own, whole, group=axis.group)
+    _reduce_scatter_flat(own, whole, group=axis.group)
     return own[: sizes[axis.rank]].movedim(0, dim).contiguous()
 
 
