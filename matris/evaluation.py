@@ -48,16 +48,21 @@ class Portions:
         batch_size: structures over all ranks at a time.
         budget: limits of one micro-batch.
         num_workers: processes per rank that build graphs ahead.
+        partitioner: how structures are divided over the graph axis.
     """
 
     batch_size: int = 16
     budget: Budget | None = None
     num_workers: int = 0
+    partitioner: str = "morton"
 
 
 def evaluation_source(dataset: StructureDataset, model: MatRIS, mesh: Mesh, portions: Portions) -> EvaluationSource:
-    """Every structure once, on one rank.
+    """Every structure once, on one rank, or on the ranks of one graph axis.
 
+    Args:
+        model: made for the same mesh.
+        mesh: ranks to divide the structures among.
     Raises:
         ValueError: structures that exceed the budget on their own.
     """
@@ -65,11 +70,12 @@ def evaluation_source(dataset: StructureDataset, model: MatRIS, mesh: Mesh, port
     loader = StepLoader(
         dataset,
         sampler,
-        collate_for(model, dataset),
+        collate_for(model, dataset, portions.partitioner),
         num_steps=sampler.num_steps,
         rank=mesh.batch.rank,
         world_size=mesh.batch.size,
         budget=portions.budget,
+        same_count=mesh.shard.size > 1,
         num_workers=portions.num_workers,
         pin_memory=mesh.device.type == "cuda",
     )
@@ -81,12 +87,15 @@ def evaluation_source(dataset: StructureDataset, model: MatRIS, mesh: Mesh, port
     return EvaluationSource(micro_batches=micro_batches, totals=label_totals(dataset, np.arange(len(dataset))))
 
 
-def collate_for(model: MatRIS, dataset: StructureDataset) -> Collate:
-    """Samples to micro-batches with the model's cutoffs."""
+def collate_for(model: MatRIS, dataset: StructureDataset, partitioner: str) -> Collate:
+    """Samples to micro-batches with the model's cutoffs, divided over its graph axis."""
     return Collate(
         pairwise_cutoff=model.hyper.pairwise_cutoff,
         three_body_cutoff=model.hyper.three_body_cutoff,
         task_names=dataset.task_names,
+        num_parts=model.mesh.graph.size,
+        part=model.mesh.graph.rank,
+        partitioner=partitioner,
     )
 
 
@@ -100,8 +109,15 @@ def evaluate_dataset(model: MatRIS, dataset: StructureDataset, mesh: Mesh, porti
     for micro_batch in source.micro_batches():
         batch = micro_batch.to(mesh.device)
         prediction = task.predict(batch, source.totals, training=False)
-        sums += error_sums(prediction, batch.labels, batch.graph, batch.task_index, len(dataset.task_names))
-        for quantity, values in _points(prediction, batch).items():
+        sums += error_sums(
+            prediction,
+            batch.labels,
+            batch.graph,
+            batch.task_index,
+            len(dataset.task_names),
+            is_first=mesh.graph.rank == 0,
+        )
+        for quantity, values in _points(prediction, batch, mesh).items():
             points[quantity].append(values[:: strides[quantity]].cpu().numpy())
     table = reduce_sums(sums, mesh).cpu().numpy()
     gathered = gather_objects(
@@ -113,8 +129,10 @@ def evaluate_dataset(model: MatRIS, dataset: StructureDataset, mesh: Mesh, porti
     )
 
 
-def _points(prediction: Prediction, batch: MicroBatch) -> dict[str, Tensor]:
-    """(n, 2) labels and predictions of a micro-batch, where there are labels."""
+def _points(prediction: Prediction, batch: MicroBatch, mesh: Mesh) -> dict[str, Tensor]:
+    """(n, 2) labels and predictions of a micro-batch, where there are labels; each on one rank only."""
+    if mesh.tensor.rank > 0:
+        return {}
     labels, graph = batch.labels, batch.graph
     atoms = graph.structure_index
     reference = prediction.reference_energy
@@ -129,6 +147,9 @@ def _points(prediction: Prediction, batch: MicroBatch) -> dict[str, Tensor]:
     if prediction.magmoms is not None:
         magmoms = torch.stack([labels.magmoms.abs(), prediction.magmoms], dim=1)
         pairs["magmoms"] = magmoms[labels.magmoms_mask[atoms]]
+    if mesh.graph.rank > 0:  # what all ranks of the graph axis know
+        pairs.pop("energy")
+        pairs.pop("stress", None)
     return pairs
 
 

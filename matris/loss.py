@@ -20,7 +20,9 @@ class LossTerms:
 
     Attributes:
         energy: per atom, eV; forces: eV/A; stress: eV/A^3; magmoms: Bohr magnetons (squared for `mse` and `huber`).
-        total: weighted sum. Summed over all micro-batches of all ranks it is the loss of the global batch.
+        total: weighted sum. Summed over all micro-batches of all ranks it is the loss of the global batch. On a graph
+            axis energies and stresses are known to every rank: each has these terms whole, for its gradients are parts
+            of a sum, but only the first rank's count (`counted_once`).
     """
 
     energy: Tensor
@@ -28,6 +30,28 @@ class LossTerms:
     stress: Tensor
     magmoms: Tensor
     total: Tensor
+
+    @staticmethod
+    def weighted(config: LossConfig, *, energy: Tensor, forces: Tensor, stress: Tensor, magmoms: Tensor) -> LossTerms:
+        """The terms with their total."""
+        total = (
+            config.energy_weight * energy
+            + config.forces_weight * forces
+            + config.stress_weight * stress
+            + config.magmoms_weight * magmoms
+        )
+        return LossTerms(energy=energy, forces=forces, stress=stress, magmoms=magmoms, total=total)
+
+    def counted_once(self, config: LossConfig, *, is_first: bool) -> LossTerms:
+        """The terms whose sum over the ranks of a graph axis is that of the whole structures.
+
+        Args:
+            is_first: whether this is the first rank of the axis.
+        """
+        if is_first:
+            return self
+        zero = torch.zeros_like(self.energy)
+        return LossTerms.weighted(config, energy=zero, forces=self.forces, stress=zero, magmoms=self.magmoms)
 
 
 def force_matching_loss(
@@ -65,13 +89,7 @@ def force_matching_loss(
         mask = labels.magmoms_mask[batch.structure_index]
         error = _required(prediction.magmoms, "magmoms")[mask] - labels.magmoms[mask].abs()
         magmoms = _elementwise(error, config.magmoms, config.huber_delta).sum() / totals.magmoms_atoms
-    total = (
-        config.energy_weight * energy
-        + config.forces_weight * forces
-        + config.stress_weight * stress
-        + config.magmoms_weight * magmoms
-    )
-    return LossTerms(energy=energy, forces=forces, stress=stress, magmoms=magmoms, total=total)
+    return LossTerms.weighted(config, energy=energy, forces=forces, stress=stress, magmoms=magmoms)
 
 
 def _required(value: Tensor | None, name: str) -> Tensor:

@@ -31,12 +31,19 @@ VOIGT = (0, 4, 8, 5, 2, 1)
 
 
 def error_sums(
-    prediction: Prediction, labels: LabelBatch, batch: GraphBatch, task_index: Tensor, num_tasks: int
+    prediction: Prediction,
+    labels: LabelBatch,
+    batch: GraphBatch,
+    task_index: Tensor,
+    num_tasks: int,
+    *,
+    is_first: bool = True,
 ) -> Tensor:
     """Sums over a batch of G structures, by task.
 
     Args:
         task_index: (G,) int64.
+        is_first: whether this is the first rank of the graph axis: energies and stresses, known to all, count there.
 
     Returns:
         (num_tasks, 4, 3) float64, detached: per quantity of `QUANTITIES` the number of labelled components, the sum of
@@ -53,12 +60,12 @@ def error_sums(
             sums = segment_sum(sums, batch.structure_index, batch.num_structures)
         structures[:, quantity] = torch.where(mask[:, None], sums, 0.0)
 
-    add(0, ((prediction.energy - labels.energy) / num_atoms)[:, None], labels.energy_mask, per_atom=False)
+    add(0, ((prediction.energy - labels.energy) / num_atoms)[:, None], labels.energy_mask & is_first, per_atom=False)
     if prediction.forces is not None:
         add(1, prediction.forces - labels.forces, labels.forces_mask, per_atom=True)
     if prediction.stress is not None:
         error = (prediction.stress - labels.stress).flatten(1)[:, VOIGT]
-        add(2, error, labels.stress_mask, per_atom=False)
+        add(2, error, labels.stress_mask & is_first, per_atom=False)
     if prediction.magmoms is not None:
         add(3, (prediction.magmoms - labels.magmoms.abs())[:, None], labels.magmoms_mask, per_atom=True)
     tasks = torch.zeros(num_tasks, len(QUANTITIES), 3, dtype=torch.float64, device=num_atoms.device)

@@ -109,6 +109,7 @@ def build_setup(config: TrainConfig, mesh: Mesh) -> Setup:
         batch_size=data.structures_per_update or max(DEFAULT_BATCH_SIZE, len(datasets.train) // steps_per_epoch),
         budget=graph_budget(max_atoms=data.max_atoms, max_edges=data.max_edges, max_angles=data.max_angles),
         num_workers=data.num_workers,
+        partitioner=config.parallel.graph_partitioner,
     )
     for dataset in (datasets.valid, datasets.test):
         if dataset is not None:  # refuses structures that are too large, before the run begins
@@ -118,12 +119,13 @@ def build_setup(config: TrainConfig, mesh: Mesh) -> Setup:
         return StepLoader(
             datasets.train,
             sampler,
-            collate_for(model, datasets.train),
+            collate_for(model, datasets.train, portions.partitioner),
             start_step=start_step,
             num_steps=num_steps - start_step,
             rank=mesh.batch.rank,
             world_size=mesh.batch.size,
             budget=portions.budget,
+            same_count=mesh.shard.size > 1,
             num_workers=data.num_workers,
             pin_memory=mesh.device.type == "cuda",
         )

@@ -43,8 +43,12 @@ class MatRISTask:
         batch = micro_batch.to(self.model.reference_energies.device)
         prediction = self.predict(batch, totals, training=training)
         terms = force_matching_loss(prediction, batch.labels, batch.graph, totals, self.loss_config)
-        values = [terms.total, terms.energy, terms.forces, terms.stress, terms.magmoms]
-        errors = error_sums(prediction, batch.labels, batch.graph, batch.task_index, len(self.task_names))
+        is_first = self.model.mesh.graph.rank == 0
+        once = terms.counted_once(self.loss_config, is_first=is_first)
+        values = [once.total, once.energy, once.forces, once.stress, once.magmoms]
+        errors = error_sums(
+            prediction, batch.labels, batch.graph, batch.task_index, len(self.task_names), is_first=is_first
+        )
         return MicroLoss(
             total=terms.total,
             sums=torch.cat([torch.stack(values).detach(), errors.flatten()]),

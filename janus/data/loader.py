@@ -41,7 +41,7 @@ class StepBatch(Generic[Batch]):
     Attributes:
         step: number of the step.
         indices: records of the global batch over all ranks, (n,).
-        micro_batches: this rank's share, collated; empty if the rank got no record.
+        micro_batches: this rank's share, collated; empty if the rank got no record (but see `same_count`).
     """
 
     step: int
@@ -58,6 +58,8 @@ class StepLoader(Generic[Batch]):
         collate: a list of records to a micro-batch; picklable.
         rank, world_size: this process among those that share the global batch.
         budget: limits of one micro-batch.
+        same_count: give every rank as many micro-batches as the one with the most has, the missing ones without
+            records; for models whose ranks have to run together. `collate` must take an empty list then.
         num_workers: processes that read and collate ahead; 0 works in this process.
         start_step, num_steps: which steps.
         pin_memory: copy micro-batches to page-locked memory (they need a `pin_memory` method).
@@ -77,6 +79,7 @@ class StepLoader(Generic[Batch]):
         rank: int = 0,
         world_size: int = 1,
         budget: Budget | None = None,
+        same_count: bool = False,
         num_workers: int = 0,
         pin_memory: bool = False,
         prefetch_factor: int = 2,
@@ -87,7 +90,7 @@ class StepLoader(Generic[Batch]):
         check_fits(dataset.sizes, self.budget, dataset.identifier)
         self.dataset, self.sampler, self.collate = dataset, sampler, collate
         self.start_step, self.num_steps = start_step, num_steps
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.same_count = rank, world_size, same_count
         self.num_workers, self.pin_memory, self.prefetch_factor = num_workers, pin_memory, prefetch_factor
 
     def __len__(self) -> int:
@@ -97,17 +100,20 @@ class StepLoader(Generic[Batch]):
         """Records of the global batch, and those of each of this rank's micro-batches."""
         indices = self.sampler.indices(step)
         plan = plan_micro_batches(self.dataset.sizes[indices], num_ranks=self.world_size, budget=self.budget)
-        return indices, [indices[positions] for positions in plan[self.rank]]
+        own = [indices[positions] for positions in plan[self.rank]]
+        if self.same_count:
+            own += [np.empty(0, np.int64)] * (max(map(len, plan)) - len(own))
+        return indices, own
 
     def __iter__(self) -> Iterator[StepBatch[Batch]]:
         planned: deque[tuple[int, np.ndarray, int]] = deque()  # step, global batch, number of micro-batches
 
-        def requests() -> Iterator[np.ndarray]:
+        def requests() -> Iterator[np.ndarray | None]:
             for step in range(self.start_step, self.start_step + self.num_steps):
                 indices, micro_batches = self.plan(step)
                 planned.append((step, indices, len(micro_batches)))
-                # An empty request keeps a step without records in its place in the stream.
-                yield from micro_batches or [np.empty(0, np.int64)]
+                # None keeps a step without micro-batches in its place in the stream.
+                yield from micro_batches or [None]
 
         ready: list[Batch] = []
         for batch in DataLoader(
@@ -130,22 +136,22 @@ class StepLoader(Generic[Batch]):
 
 
 class _Requests(Dataset):
-    """Maps record indices to a collated micro-batch; None for an empty request."""
+    """Maps record indices to a collated micro-batch, and None to None."""
 
     def __init__(self, dataset: SizedRecords, collate: Callable[[list[Any]], Any]) -> None:
         self.dataset, self.collate = dataset, collate
 
-    def __getitem__(self, indices: np.ndarray) -> Any:
-        return self.collate([self.dataset[int(i)] for i in indices]) if len(indices) else None
+    def __getitem__(self, indices: np.ndarray | None) -> Any:
+        return None if indices is None else self.collate([self.dataset[int(i)] for i in indices])
 
 
 class _Once:
     """The sampler that DataLoader expects, around a running iterator."""
 
-    def __init__(self, requests: Iterator[np.ndarray]) -> None:
+    def __init__(self, requests: Iterator[np.ndarray | None]) -> None:
         self.requests = requests
 
-    def __iter__(self) -> Iterator[np.ndarray]:
+    def __iter__(self) -> Iterator[np.ndarray | None]:
         return self.requests
 
 

@@ -24,6 +24,7 @@ from matris.data.prepare import PrepareOptions, PrepareReport, check_wanted, pre
 from matris.data.records import LABEL_NAMES, Sample, from_record
 from matris.graph.batch import GraphBatch, LabelBatch, LabelTotals, collate_graphs, collate_labels
 from matris.graph.build import build_graph, count_graph
+from matris.graph.partition import partition_batch
 
 logger = logging.getLogger(__name__)
 
@@ -249,7 +250,7 @@ def _count(records: tuple[int, int], store: StoreReader, cutoffs: tuple[float, f
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """Samples as the model and the loss take them.
+    """Samples as the model and the loss take them; on a graph axis this rank's part of their atoms.
 
     Attributes:
         graph: their graphs.
@@ -289,11 +290,16 @@ class Collate:
     Attributes:
         pairwise_cutoff, three_body_cutoff: Angstrom.
         task_names: order of `task_index`.
+        num_parts, part: of the graphs, over the ranks that share them; the result is one part.
+        partitioner: how they are divided, see `janus.graph_parallel.partition.assign_owners`.
     """
 
     pairwise_cutoff: float
     three_body_cutoff: float
     task_names: tuple[str, ...]
+    num_parts: int = 1
+    part: int = 0
+    partitioner: str = "morton"
 
     def __call__(self, samples: Sequence[Sample]) -> MicroBatch:
         graphs = [
@@ -302,10 +308,16 @@ class Collate:
             )
             for sample in samples
         ]
+        graph = collate_graphs(graphs)
+        labels = collate_labels([sample.labels for sample in samples], [graph.num_atoms for graph in graphs])
+        if self.num_parts > 1:
+            graph, labels = partition_batch(
+                graph, labels, num_parts=self.num_parts, part=self.part, partitioner=self.partitioner
+            )
         return MicroBatch(
-            graph=collate_graphs(graphs),
-            labels=collate_labels([sample.labels for sample in samples], [graph.num_atoms for graph in graphs]),
-            task_index=torch.tensor([self.task_names.index(sample.task) for sample in samples]),
+            graph=graph,
+            labels=labels,
+            task_index=torch.tensor([self.task_names.index(sample.task) for sample in samples], dtype=torch.int64),
             identifiers=tuple(sample.identifier for sample in samples),
         )
 
