@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from janus.comm.ledger import Ledger
+from janus.comm.watch import Watch, is_of_a_collective
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -63,6 +64,7 @@ class Mesh:
         replicas: data, shard and graph together: the ranks whose gradients of a weight are parts of one sum.
         shard_replicas: data and graph together: the same for a weight that the shard axis shares.
         ledger: counts every collective of this process.
+        watch: is told the step, and ends the run when a rank is lost.
     """
 
     rank: int = 0
@@ -77,6 +79,7 @@ class Mesh:
     replicas: Axis = Axis(name="replicas")
     shard_replicas: Axis = Axis(name="shard_replicas")
     ledger: Ledger = field(default_factory=Ledger)
+    watch: Watch = field(default_factory=Watch, repr=False, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -199,17 +202,24 @@ def open_mesh(
     expert: int = 1,
     pipeline: int = 1,
     timeout_minutes: float = 30.0,
+    launch: Launch | None = None,
 ) -> Iterator[Mesh]:
     """Joins the other ranks (collective: all ranks of the launch must call it) and leaves them at the end.
 
     One rank alone uses no torch.distributed. Several use gloo on CPUs and NCCL on GPUs, with the groups of Megatron's
     `parallel_state`. A process group or parallel state that exists already is adopted, and left as it was.
 
+    Args:
+        timeout_minutes: how long a rank waits for the others. A rank that dies, stops or hangs ends all others, see
+            `janus.comm.watch`; groups that were adopted are not watched.
+
     Raises:
-        ElsewhereError: on other ranks than 0, for an error inside the block that rank 0 has as well.
+        LostRanksError: other ranks died, hang or failed; on the one rank that tells the user.
+        ElsewhereError: on other ranks than 0, for an error inside the block that rank 0 has as well; and for lost ranks
+            that another rank tells the user about.
         ValueError: sizes that are not supported or do not fit the number of ranks, or an adopted state of other sizes.
     """
-    launch = read_launch()
+    launch = launch or read_launch()
     adopted = dist.is_available() and dist.is_initialized()
     world_size = dist.get_world_size() if adopted else launch.world_size
     layout = _Layout.of(world_size, shard=shard, graph=graph, tensor=tensor, expert=expert, pipeline=pipeline)
@@ -222,20 +232,49 @@ def open_mesh(
     if not adopted:
         _join(launch, place, timeout_minutes)
     made_state = False
+    watch, failure = Watch(), None
     try:
         made_state = _set_parallel_state(layout)
-        yield _mesh_of_state(layout, launch.local_rank, place)
-    except (ValueError, OSError) as error:
+        mesh = _mesh_of_state(layout, launch.local_rank, place, watch)
+        if not adopted:
+            watch.start(mesh.rank, world_size, launch.address, 60.0 * timeout_minutes, mesh.ledger, _share_port)
+        yield mesh
+    except BaseException as error:
+        failure = error
+        if watch.is_running and is_of_a_collective(error):
+            raise watch.explain(error) or ElsewhereError("another rank says why") from None
+        if not isinstance(error, ValueError | OSError):
+            raise
         if not adopted and _main_rank_failed():
             raise ElsewhereError("rank 0 failed") from error
         raise
     finally:
+        watch.stop(failure)
         if made_state:
             from megatron.core import parallel_state
 
             parallel_state.destroy_model_parallel()
         if not adopted:
             dist.destroy_process_group()
+
+
+@contextmanager
+def join_ranks(
+    device: str = "auto", *, launch: Launch | None = None, timeout_minutes: float = 30.0
+) -> Iterator[Launch]:
+    """Joins the other ranks without a mesh, so that meshes of several layouts can be opened one after the other."""
+    launch = launch or read_launch()
+    if launch.world_size == 1 or dist.is_initialized():
+        yield launch
+        return
+    place = pick_device(device, launch.local_rank)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    _join(launch, place, timeout_minutes)
+    try:
+        yield launch
+    finally:
+        dist.destroy_process_group()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,9 +314,19 @@ def _join(launch: Launch, device: torch.device, timeout_minutes: float) -> None:
         init_method=f"tcp://{launch.address}:{launch.port}",
         rank=launch.rank,
         world_size=launch.world_size,
-        timeout=timedelta(minutes=timeout_minutes),
+        # NCCL ends the process without a name when its time is up, so the watch must come first.
+        timeout=timedelta(minutes=timeout_minutes + (1.0 if device.type == "cuda" else 0.0)),
         device_id=device if device.type == "cuda" else None,
     )
+
+
+def _share_port(port: int) -> int:
+    """Rank 0's number on all ranks, by the store of the process group."""
+    store = dist.distributed_c10d._get_default_store()
+    if dist.get_rank() == 0:
+        store.set("janus/watch", str(port))
+        return port
+    return int(store.get("janus/watch"))
 
 
 def _main_rank_failed() -> bool:
@@ -322,7 +371,7 @@ def _set_parallel_state(layout: _Layout) -> bool:
     return False
 
 
-def _mesh_of_state(layout: _Layout, local_rank: int, device: torch.device) -> Mesh:
+def _mesh_of_state(layout: _Layout, local_rank: int, device: torch.device, watch: Watch) -> Mesh:
     """The mesh over Megatron's groups, and over those that the shard axis needs besides (made here, by all ranks)."""
     from megatron.core import parallel_state
 
@@ -363,6 +412,7 @@ def _mesh_of_state(layout: _Layout, local_rank: int, device: torch.device) -> Me
         replicas=replicas,
         shard_replicas=axis("shard_replicas", (0, 2), _outer_group(layout, replicas, graph)),
         ledger=ledger,
+        watch=watch,
     )
 
 
