@@ -59,6 +59,12 @@ class ModelConfig:
         enveloped_edge_update: whether the refinement updates an edge by its enveloped message.
         readout_hidden_sizes: hidden widths of the energy head.
         smooth_attention: energy, forces and stress continuous at both cutoffs. False only for released weights.
+        num_elements: elements that the model has weights for, Z = 1..num_elements; 94 in released models, at most 118.
+        num_moe_experts: routed experts at each of the two sites of a block's atom attention; 0: no experts, and the
+            separable attention in place of the multi-head attention.
+        moe_router_topk: routed experts that serve an element.
+        moe_ffn_hidden_size: hidden width of an expert.
+        kv_channels: width of a head of the multi-head attention; must divide `hidden_size`.
     """
 
     num_layers: int = 4
@@ -77,6 +83,11 @@ class ModelConfig:
     enveloped_edge_update: bool = False
     readout_hidden_sizes: tuple[int, ...] = (256, 128, 128)
     smooth_attention: bool = True
+    num_elements: int = 94
+    num_moe_experts: int = 0
+    moe_router_topk: int = 0
+    moe_ffn_hidden_size: int = 0
+    kv_channels: int = 64
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -96,6 +107,35 @@ class ModelConfig:
             raise ValueError(
                 f"model.num_angular is {self.num_angular}: the Fourier basis has a constant, sines and cosines, "
                 "so it must be odd"
+            )
+
+        if not 1 <= self.num_elements <= 118:
+            raise ValueError(f"model.num_elements is {self.num_elements}: it must be between 1 and 118")
+        self._check_experts()
+
+    def _check_experts(self) -> None:
+        names = ("num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size")
+        experts, topk, hidden = (getattr(self, name) for name in names)
+        if (experts, topk, hidden) == (0, 0, 0):
+            return
+        if min(experts, topk, hidden) < 1:
+            raise ValueError(
+                f"model.num_moe_experts, moe_router_topk and moe_ffn_hidden_size are {experts}, {topk} and {hidden}: "
+                "give all three as positive numbers, or none of them for a model without experts"
+            )
+        if topk > experts:
+            raise ValueError(
+                f"model.moe_router_topk is {topk}, but there are {experts} experts (model.num_moe_experts): choose at "
+                "most that many"
+            )
+        if self.kv_channels < 1 or self.hidden_size % self.kv_channels:
+            raise ValueError(
+                f"model.kv_channels is {self.kv_channels}: the width of a head must divide model.hidden_size "
+                f"({self.hidden_size})"
+            )
+        if not self.smooth_attention:
+            raise ValueError(
+                "model.smooth_attention is false: the multi-head attention of a model with experts is smooth"
             )
 
     def to_dict(self) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from matris.blocks.embedding import AngleEmbedding, AtomEmbedding, EdgeEmbedding
 from matris.blocks.geometry import measure
 from matris.blocks.interaction import Connectivity, InteractionBlock
 from matris.blocks.module import Layers, MatRISConfig, MegatronModule
+from matris.blocks.moe import RoutedExperts
 from matris.config import ModelConfig, Precision
 from matris.elements import MAX_Z, SYMBOLS
 from matris.graph.batch import GraphBatch
@@ -67,10 +68,11 @@ class MatRIS(MegatronModule):
         ValueError: the width does not divide by the tensor axis.
 
     Attributes:
-        reference_energies: (94,) eV per atom of Z = 1..94, float64, not trained.
+        reference_energies: (num_elements,) eV per atom of Z = 1, 2, ..., float64, not trained.
         energy_scale: () eV, multiplies the readout's energies, not trained.
         predicts_magmoms: whether the head for magnetic moments is trained; without it they are not reported.
-        elements: atomic numbers that the model was trained on, ascending; all 94 unless training narrows them.
+        elements: atomic numbers that the model was trained on, ascending; all that it has weights for unless training
+            narrows them.
     """
 
     energy_scale: Tensor
@@ -99,7 +101,7 @@ class MatRIS(MegatronModule):
         self.mesh = mesh
         self.precision = precision
         self.predicts_magmoms = True
-        self.elements: tuple[int, ...] = tuple(range(1, MAX_Z + 1))
+        self.elements: tuple[int, ...] = tuple(range(1, config.num_elements + 1))
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
@@ -114,7 +116,9 @@ class MatRIS(MegatronModule):
         self.pair_basis = build_radial_basis(config, config.pairwise_cutoff)
         self.line_basis = build_radial_basis(config, config.three_body_cutoff)
         self.to(dtype)
-        self.reference_energies = nn.Parameter(torch.zeros(MAX_Z, dtype=torch.float64), requires_grad=False)
+        self.reference_energies = nn.Parameter(
+            torch.zeros(config.num_elements, dtype=torch.float64), requires_grad=False
+        )
         self.register_buffer("energy_scale", torch.ones((), dtype=torch.float64))
 
     def forward(
@@ -205,10 +209,23 @@ class MatRIS(MegatronModule):
                 undirected=None,
                 envelope=copy(angle_envelope, tensor),
             ),
+            element=batch.numbers - 1,
             angle_center=batch.angle_center,
             pair_basis=copy(pair_basis, tensor),
             line_basis=copy(line_basis, tensor),
         )
+
+    def num_active_parameters(self) -> int:
+        """Parameters that serve one atom: all but those of the experts that its element does not use."""
+        hyper = self.hyper
+        unused = hyper.num_moe_experts - hyper.moe_router_topk
+        idle = sum(
+            value.numel() // hyper.num_moe_experts * unused
+            for module in self.modules()
+            if isinstance(module, RoutedExperts)
+            for value in module.parameters(recurse=False)
+        )
+        return sum(value.numel() for value in self.parameters()) - idle
 
     def sharding_units(self) -> tuple[nn.Module, ...]:
         """The modules whose parameters are sharded, each as one flat buffer, in order of use."""
@@ -217,8 +234,10 @@ class MatRIS(MegatronModule):
     def set_reference_energies(self, energies: Mapping[int, float]) -> None:
         """Set reference energies, eV per atom by atomic number; elements that are not named keep theirs."""
         for number, energy in energies.items():
-            if not 1 <= number <= MAX_Z:
-                raise ValueError(f"reference energy for atomic number {number}: allowed are 1 to {MAX_Z}")
+            if not 1 <= number <= self.hyper.num_elements:
+                raise ValueError(
+                    f"reference energy for atomic number {number}: allowed are 1 to {self.hyper.num_elements}"
+                )
             self.reference_energies.data[number - 1] = energy
 
     def check_elements(self, numbers: Iterable[int]) -> None:

@@ -141,11 +141,17 @@ class RowParallelLinear(megatron.RowParallelLinear):
             else:
                 self.bias.data.copy_(whole)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """All-reduces the output, or reduce-scatters it with `scatter_output`."""
+    def forward(self, x: Tensor, others: Tensor | None = None) -> Tensor:
+        """All-reduces the output, or reduce-scatters it with `scatter_output`.
+
+        Args:
+            others: (..., out) partial sums of other products, which share the collective.
+        """
         if self.tensor.size == 1:
-            return linear(x, self.weight, self.bias, dtype=self.matmul_dtype)
+            y = linear(x, self.weight, self.bias, dtype=self.matmul_dtype)
+            return y if others is None else y + others
         partial = linear(x, self.weight, dtype=self.matmul_dtype)
+        partial = partial if others is None else partial + others
         if self.scatter_output:
             y = reduce_scatter(partial, self.tensor, dim=partial.ndim - 1)
         else:

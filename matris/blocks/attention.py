@@ -10,10 +10,10 @@ from janus.ops.attention import attention_terms
 from matris.blocks.edges import EdgeSet, PendingHalo, Rows
 from matris.blocks.module import GatedMLP, MatRISConfig, MegatronModule, column_parallel
 
-_LOGIT_CAP = 10.0
+LOGIT_CAP = 10.0
 """Bound of the smooth attention's logits. exp(+-10) is far from the limits of fp32, so no running maximum is needed."""
 
-_DELTA = 1e-6
+DELTA = 1e-6
 """Keeps the smooth attention's denominator positive when a node's last edge reaches the cutoff."""
 
 
@@ -69,7 +69,7 @@ class SeparableAttention(MegatronModule):
     ) -> tuple[PendingHalo, PendingHalo]:
         """Numerator and denominator of the softmax-weighted mean over each node's edges, on the way to its owner."""
         if self.smooth:
-            weight, value = attention_terms(logits, value, envelope, cap=_LOGIT_CAP)
+            weight, value = attention_terms(logits, value, envelope, cap=LOGIT_CAP)
         else:
             # Released weights: no envelope and no bound, so the largest logit of each node is taken off. It cancels,
             # hence carries no gradient.
@@ -80,4 +80,4 @@ class SeparableAttention(MegatronModule):
     def _mean(self, sums: tuple[PendingHalo, PendingHalo]) -> Tensor:
         """The mean for each owned node with the channels of all tensor ranks, (N, width)."""
         value, weight = (pending.wait() for pending in sums)
-        return all_gather(value / (weight + (_DELTA if self.smooth else (weight == 0))), self.tensor, dim=1)
+        return all_gather(value / (weight + (DELTA if self.smooth else (weight == 0))), self.tensor, dim=1)

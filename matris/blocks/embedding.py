@@ -14,7 +14,6 @@ from janus.ops.silu import silu
 from matris.basis.angular import build_angular_basis
 from matris.blocks.module import Linear, MatRISConfig, MegatronModule, Norm
 from matris.config import NormType
-from matris.elements import MAX_Z
 
 
 class AtomEmbedding(MegatronModule):
@@ -23,7 +22,7 @@ class AtomEmbedding(MegatronModule):
     def __init__(self, config: MatRISConfig) -> None:
         super().__init__(config)
         width = config.model.hidden_size
-        self.table = nn.Parameter(torch.randn(MAX_Z, width))
+        self.table = nn.Parameter(torch.randn(config.model.num_elements, width))
         self.linear = Linear(config, width, width)
 
     def forward(self, numbers: Tensor) -> Tensor:

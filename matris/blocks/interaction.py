@@ -9,6 +9,7 @@ from torch import Tensor
 from matris.blocks.attention import SeparableAttention
 from matris.blocks.edges import EdgeSet
 from matris.blocks.module import MatRISConfig, MegatronModule
+from matris.blocks.moe import ExpertAttention
 from matris.blocks.refinement import AtomRefinement, LineRefinement
 
 
@@ -19,12 +20,14 @@ class Connectivity:
     Attributes:
         atom_graph: directed edges between atoms.
         line_graph: angles between undirected edges.
+        element: (N,) Z - 1 of owned atoms.
         angle_center: (A,) atom at which an angle's edges meet.
         pair_basis, line_basis: (U, num_radial) radial bases of the two cutoffs.
     """
 
     atom_graph: EdgeSet
     line_graph: EdgeSet
+    element: Tensor
     angle_center: Tensor
     pair_basis: Tensor
     line_basis: Tensor
@@ -41,7 +44,8 @@ class InteractionBlock(MegatronModule):
         super().__init__(config)
         self.is_last = is_last
         self.line_attention = SeparableAttention(config)
-        self.atom_attention = SeparableAttention(config)
+        self.has_experts = config.model.num_moe_experts > 0
+        self.atom_attention = ExpertAttention(config) if self.has_experts else SeparableAttention(config)
         self.line_refinement = LineRefinement(config)
         self.atom_refinement = AtomRefinement(config)
 
@@ -50,7 +54,10 @@ class InteractionBlock(MegatronModule):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Features of atoms (N, width), undirected edges (U, width) and angles (A, width) to updated ones."""
         edges, angles = self.line_attention(edges, angles, graph.line_graph)
-        atoms, edges = self.atom_attention(atoms, edges, graph.atom_graph)
+        if self.has_experts:
+            atoms, edges = self.atom_attention(atoms, edges, graph.atom_graph, graph.element)
+        else:
+            atoms, edges = self.atom_attention(atoms, edges, graph.atom_graph)
         edges, angles = self.line_refinement(
             edges,
             angles,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from janus.mesh import Mesh
+from janus.mesh import Axis, Mesh
 from janus.ops.product import linear
 from janus.ops.silu import silu
 from janus.tensor_parallel import ColumnParallelLinear, RowParallelLinear, megatron_group, parallel_gated_norm
@@ -157,7 +157,30 @@ class Norm(MegatronModule):
         return x if self.bias is None else x + self.bias
 
 
-class GatedMLP(MegatronModule):
+class SplitModule(MegatronModule):
+    """A module with parameters of its own that are split over the tensor axis (`split_parameter`)."""
+
+    def __init__(self, config: MatRISConfig) -> None:
+        super().__init__(config)
+        self.tensor = config.mesh.tensor
+        self.tp_group = megatron_group(self.tensor)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> Any:
+        """Megatron's, which takes parameters outside of its own layers for replicated, with these as they are."""
+        own = {name: value for name, value in self.named_parameters(recurse=False)}
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        split = make_sharded_tensors_for_checkpoint(
+            own,
+            prefix,
+            {name: value.partition_dim for name, value in own.items()},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+        return super().sharded_state_dict(prefix, sharded_offsets, metadata) | split
+
+
+class GatedMLP(SplitModule):
     """SiLU(norm(core(x))) * sigmoid(norm(gate(x))) of a concatenation x of features that is never formed.
 
     A linear layer of concatenated features is the sum of linear layers of the parts, so a part that belongs to nodes is
@@ -169,57 +192,49 @@ class GatedMLP(MegatronModule):
 
     Args:
         num_parts: how many features of width `hidden_size` are concatenated.
+        hidden_size: of each half's hidden layer; by default that of the features.
     """
 
-    def __init__(self, config: MatRISConfig, num_parts: int) -> None:
+    def __init__(self, config: MatRISConfig, num_parts: int, hidden_size: int | None = None) -> None:
         super().__init__(config)
-        width, self.tensor = config.model.hidden_size, config.mesh.tensor
-        self.tp_group = megatron_group(self.tensor)
+        width = config.model.hidden_size
         norm_type = config.model.norm_type
         # torch's default for the one layer that these are together.
         bound = (num_parts * width) ** -0.5
+        hidden = width if hidden_size is None else hidden_size
         self.inner = Layers(
-            column_parallel(config, width, 2 * width, bias=part == 0, stride=2, bound=bound)
+            column_parallel(config, width, 2 * hidden, bias=part == 0, stride=2, bound=bound)
             for part in range(num_parts)
         )
-        self.core = row_parallel(config, width, width, bias=True, scatter_output=True)
-        self.gate = row_parallel(config, width, width, bias=True, scatter_output=True)
-        self.width = width // self.tensor.size
+        self.core = row_parallel(config, hidden, width, bias=True, scatter_output=True)
+        self.gate = row_parallel(config, hidden, width, bias=True, scatter_output=True)
+        self.width, self.hidden = width // self.tensor.size, hidden // self.tensor.size
         self.center = norm_type is NormType.layer
         self.eps = norm_eps(norm_type, config.params_dtype)
-        self.norm_weight = _split_parameter(torch.ones(2, self.width))
-        self.norm_bias = _split_parameter(torch.zeros(2, self.width)) if self.center else None
+        self.norm_weight = split_parameter(torch.ones(2, width), self.tensor, dim=1)
+        self.norm_bias = split_parameter(torch.zeros(2, width), self.tensor, dim=1) if self.center else None
 
     def project(self, part: int, x: Tensor) -> Tensor:
-        """What part number `part` adds to the inner layer: (N, width) to (N, 2 width / W). Part 0 brings the bias."""
+        """What part number `part` adds to the inner layer: (N, width) to (N, 2 hidden / W). Part 0 brings the bias."""
         return self.inner[part](x)
 
-    def finish(self, inner: Tensor) -> Tensor:
-        """From the summed projections (N, 2 width / W) to the output (N, width / W)."""
-        core, gate = silu(inner).split(self.width, dim=1)
+    def finish(self, inner: Tensor, routed: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """From the summed projections (N, 2 hidden / W) to the output (N, width / W).
+
+        Args:
+            routed: what routed experts add to core and gate before the norm, (N, width) each, partial over the ranks.
+        """
+        core, gate = silu(inner).split(self.hidden, dim=1)
+        to_core, to_gate = (None, None) if routed is None else routed
         return parallel_gated_norm(
-            self.core(core),
-            self.gate(gate),
+            self.core(core, to_core),
+            self.gate(gate, to_gate),
             self.norm_weight,
             self.norm_bias,
             eps=self.eps,
             center=self.center,
             tensor=self.tensor,
         )
-
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> Any:
-        """Megatron's, which takes parameters outside of its own layers for replicated, with the norm's split."""
-        own = {name: value for name, value in self.named_parameters(recurse=False)}
-        metadata = ensure_metadata_has_dp_cp_group(metadata)
-        split = make_sharded_tensors_for_checkpoint(
-            own,
-            prefix,
-            dict.fromkeys(own, 1),
-            sharded_offsets,
-            tp_group=self.tp_group,
-            dp_cp_group=metadata["dp_cp_group"],
-        )
-        return super().sharded_state_dict(prefix, sharded_offsets, metadata) | split
 
 
 class Layers(nn.ModuleList):
@@ -233,10 +248,10 @@ class Layers(nn.ModuleList):
         return found
 
 
-def _split_parameter(value: Tensor) -> nn.Parameter:
-    """(2, width / W), of which each tensor rank has its own channels."""
-    parameter = nn.Parameter(value)
-    set_tensor_model_parallel_attributes(parameter, True, 1, 1)
+def split_parameter(whole: Tensor, tensor: Axis, *, dim: int) -> nn.Parameter:
+    """The piece along `dim` of a parameter that is split over the tensor axis."""
+    parameter = nn.Parameter(whole.chunk(tensor.size, dim=dim)[tensor.rank].clone())
+    set_tensor_model_parallel_attributes(parameter, True, dim, 1)
     return parameter
 
 

@@ -54,6 +54,17 @@ def all_kinds() -> dict[str, Atoms]:
 
 TINY = ModelConfig(num_layers=2, hidden_size=16, readout_hidden_sizes=(16,), pairwise_cutoff=5.0, three_body_cutoff=4.0)
 
+EXPERTS = ModelConfig(
+    **{
+        **vars(TINY),
+        "num_elements": 118,
+        "num_moe_experts": 5,
+        "moe_router_topk": 2,
+        "moe_ffn_hidden_size": 12,
+        "kv_channels": 4,
+    }
+)
+
 
 def batch_of(*atoms: Atoms, config: ModelConfig = TINY) -> GraphBatch:
     cutoffs = {"pairwise_cutoff": config.pairwise_cutoff, "three_body_cutoff": config.three_body_cutoff}

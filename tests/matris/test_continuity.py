@@ -1,12 +1,14 @@
 """Smooth attention: energy, forces and stress are continuous when an atom crosses either cutoff."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from ase import Atoms
 
 from matris.config import ModelConfig, RadialBasis
-from tests.matris.structures import TINY, predict, tiny_model
+from tests.matris.structures import EXPERTS, TINY, predict, tiny_model
 
 CROWD = Atoms(
     "CuAuPdNaClO",
@@ -28,9 +30,10 @@ def pulled(cutoff: float, offset: float) -> Atoms:
     return Atoms("NaCl", [[0, 0, 0], [0, 0, cutoff + offset]], cell=[30.0, 30.0, 30.0], pbc=True)
 
 
-@pytest.fixture(scope="module", params=[RadialBasis.bessel, RadialBasis.gaussian])
+@pytest.fixture(scope="module", params=["bessel", "gaussian", "experts"])
 def model(request):
-    return tiny_model(ModelConfig(**{**vars(TINY), "radial_basis": request.param}), seed=3)
+    gaussian = replace(TINY, radial_basis=RadialBasis.gaussian)
+    return tiny_model({"bessel": TINY, "gaussian": gaussian, "experts": EXPERTS}[request.param], seed=3)
 
 
 @pytest.mark.parametrize("cutoff", [TINY.pairwise_cutoff, TINY.three_body_cutoff])

@@ -11,7 +11,7 @@ from scipy.spatial.transform import Rotation
 
 from matris.config import AngularBasis, ModelConfig, NormType, RadialBasis
 from matris.model import MatRIS, Prediction
-from tests.matris.structures import TINY, all_kinds, predict, rattled, tiny_model
+from tests.matris.structures import EXPERTS, TINY, all_kinds, predict, rattled, tiny_model
 
 
 def variant(**changes) -> ModelConfig:
@@ -26,6 +26,7 @@ VARIANTS = {
     ),
     "fixed basis, one layer": variant(learnable_basis=False, num_layers=1),
     "released form": variant(smooth_attention=False),
+    "experts": EXPERTS,
 }
 
 

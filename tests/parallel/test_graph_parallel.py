@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import ase.build
@@ -41,11 +42,14 @@ RELEASED = ModelConfig(
     ffn_bias=True,
     norm_type=NormType.rms,
 )
+EXPERTS = replace(SMOOTH, num_moe_experts=5, moe_router_topk=2, moe_ffn_hidden_size=6, kv_channels=4)
 # Batch, hyper-parameters, partitioner.
 CASES = {
     "crystals and a molecule": ("mixed", SMOOTH, "morton"),
     "crystals and a molecule, released attention": ("mixed", RELEASED, "index"),
     "as many cuts as possible": ("mixed", RELEASED, "balanced"),
+    "crystals and a molecule, experts": ("mixed", EXPERTS, "morton"),
+    "parts without atoms, experts": ("few", EXPERTS, "morton"),
     "one crystal": ("crystal", SMOOTH, "morton"),
     "one crystal, as many cuts as possible": ("crystal", SMOOTH, "balanced"),
     "all kinds of structures": ("kinds", SMOOTH, "morton"),

@@ -61,7 +61,9 @@ def measured(mesh: Mesh, config: ModelConfig) -> dict[str, Any]:
         )
         result[f"{name} gradients"] = {n: whole(found[n], v, mesh) for n, v in model.named_parameters() if n in found}
     result["weights"] = {n: whole(v.detach(), v, mesh) for n, v in model.named_parameters()}
-    result["share"] = sum(v.numel() for n, v in model.named_parameters() if n.startswith("blocks.") and v.ndim > 1)
+    result["share"] = sum(
+        v.numel() for n, v in model.named_parameters() if n.startswith("blocks.") and v.ndim > 1 and "router" not in n
+    )
     return result
 
 
@@ -82,10 +84,20 @@ CONFIGS = [
         norm_type=NormType.rms,
         smooth_attention=False,
     ),
+    ModelConfig(
+        num_layers=2,
+        hidden_size=16,
+        pairwise_cutoff=4.0,
+        three_body_cutoff=3.0,
+        num_moe_experts=5,
+        moe_router_topk=2,
+        moe_ffn_hidden_size=8,
+        kv_channels=4,
+    ),
 ]
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=["layer norm", "rms norm"])
+@pytest.mark.parametrize("config", CONFIGS, ids=["layer norm", "rms norm", "experts"])
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_tensor_parallel_model_is_that_of_one_process(world_size: int, config: ModelConfig) -> None:
     alone = measured(Mesh(), config)

@@ -1,0 +1,166 @@
+"""A mixture of experts that is routed by chemical element alone, and the attention that it sits around.
+
+The element of a token decides which experts serve it, never its geometry, so the active experts do not change along a
+trajectory and the energy stays as smooth as each expert is.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from janus.comm.adjoint import copy, gather
+from janus.ops.grouped import grouped_linear
+from janus.ops.segment import segment_sum
+from janus.ops.silu import silu
+from matris.blocks.attention import DELTA, LOGIT_CAP
+from matris.blocks.edges import EdgeSet, PendingHalo, Rows
+from matris.blocks.module import (
+    GatedMLP,
+    MatRISConfig,
+    MegatronModule,
+    SplitModule,
+    column_parallel,
+    row_parallel,
+    split_parameter,
+)
+
+
+class ElementRouter(MegatronModule):
+    """A learned table (elements, experts): an element's experts are the top-k of its row, its gates their softmax."""
+
+    def __init__(self, config: MatRISConfig) -> None:
+        super().__init__(config)
+        hyper = config.model
+        self.topk = hyper.moe_router_topk
+        self.table = nn.Parameter(torch.randn(hyper.num_elements, hyper.num_moe_experts))
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Experts (num_elements, topk) int64 and their gates, which add up to one, for Z - 1 = 0, 1, ..."""
+        logits, experts = self.table.topk(self.topk, dim=1)
+        return experts, logits.softmax(dim=1)
+
+
+class RoutedExperts(SplitModule):
+    """sum_k g_k expert_k(x), each expert two perceptrons W2 SiLU(W1 x), for the core and for the gate of a gated norm.
+
+    Without biases and norms, so that experts are matrix products grouped by expert; the norm is shared and comes after
+    the sum. Over W tensor ranks each has hidden_size / W hidden channels of every expert.
+
+    Args:
+        in_features: width of a token.
+    """
+
+    def __init__(self, config: MatRISConfig, in_features: int) -> None:
+        super().__init__(config)
+        hyper, tensor = config.model, self.tensor
+        self.num_experts, self.matmul_dtype = hyper.num_moe_experts, config.matmul_dtype
+        hidden, width = hyper.moe_ffn_hidden_size, hyper.hidden_size
+        self.router = ElementRouter(config)
+        experts = self.num_experts
+        self.inner = split_parameter(_uniform(in_features, experts, 2, hidden, in_features), tensor, dim=2)
+        self.core = split_parameter(_uniform(hidden, experts, width, hidden), tensor, dim=2)
+        self.gate = split_parameter(_uniform(hidden, experts, width, hidden), tensor, dim=2)
+        self.hidden = hidden // tensor.size
+
+    def forward(self, x: Tensor, element: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (T, in_features) and their Z - 1 (T,) to sums for core and gate, (T, width), partial over ranks."""
+        experts, gates = self.router()
+        expert = experts.index_select(0, element).flatten()
+        order = expert.argsort(stable=True)
+        token = order.div(self.router.topk, rounding_mode="floor")
+        counts = torch.bincount(expert, minlength=self.num_experts)
+        inner = grouped_linear(x.index_select(0, token), self.inner.flatten(1, 2), counts, dtype=self.matmul_dtype)
+        gate = copy(gates, self.tensor).index_select(0, element).flatten().index_select(0, order)
+        for_core, for_gate = (silu(inner) * gate[:, None]).split(self.hidden, dim=1)
+        core = grouped_linear(for_core, self.core, counts, dtype=self.matmul_dtype)
+        gated = grouped_linear(for_gate, self.gate, counts, dtype=self.matmul_dtype)
+        return segment_sum(core, token, len(x)), segment_sum(gated, token, len(x))
+
+
+class ExpertAttention(MegatronModule):
+    """Message-update experts, multi-head self-attention over an atom's edges, feature-update experts.
+
+    m_e = norm(shared([y, x_t, x_s]) + experts of the target), A_t and A_s the attention of an atom over the edges that
+    it is the target and the source of, x' = norm(shared([x, A_t, A_s]) + experts of the atom) + g x, and edges as in
+    `SeparableAttention`. With the envelope u of an edge, a head's weights are u exp(c(q k / sqrt(width))) over their
+    sum plus delta, on values u v: an edge enters with weight and slope zero at the cutoff.
+    """
+
+    def __init__(self, config: MatRISConfig) -> None:
+        super().__init__(config)
+        hyper, self.tensor = config.model, config.mesh.tensor
+        width, hidden = hyper.hidden_size, hyper.moe_ffn_hidden_size
+        self.head_width, self.width = hyper.kv_channels, width // self.tensor.size
+        if self.width % self.head_width:
+            raise ValueError(
+                f"{width // self.head_width} attention heads do not divide into {self.tensor.size} tensor-parallel "
+                "ranks: choose fewer ranks or narrower heads (model.kv_channels)"
+            )
+        self.message = GatedMLP(config, num_parts=3, hidden_size=hidden)
+        self.message_experts = RoutedExperts(config, 3 * width)
+        # Each projection twice over: an atom attends as target and as source.
+        self.query = column_parallel(config, width, 2 * width, stride=2)
+        self.key = column_parallel(config, width, 2 * width, stride=2)
+        self.value = column_parallel(config, width, width)
+        self.target_output = row_parallel(config, width, width, bias=False, scatter_output=False)
+        self.source_output = row_parallel(config, width, width, bias=False, scatter_output=False)
+        self.update = GatedMLP(config, num_parts=3, hidden_size=hidden)
+        self.update_experts = RoutedExperts(config, 3 * width)
+        self.node_residual = nn.Parameter(torch.ones(width))
+        self.edge_residual = nn.Parameter(torch.ones(width))
+
+    def forward(self, nodes: Tensor, edges: Tensor, graph: EdgeSet, element: Tensor) -> tuple[Tensor, Tensor]:
+        """Owned atoms and edge features, (..., width), and the atoms' Z - 1, to updated features."""
+        own_nodes, own_edges = copy(nodes, self.tensor), copy(edges, self.tensor)
+        coming_nodes, coming_edges = graph.sources.start_borrow(own_nodes), graph.features.start_borrow(own_edges)
+        update = self.update.project(0, own_nodes)  # needs nothing of other ranks
+        local_edges, local_nodes = coming_edges.wait(), coming_nodes.wait()
+        inner = graph.spread(self.message.project(0, local_edges))
+        inner = inner.add_(self.message.project(1, local_nodes).index_select(0, graph.target))
+        inner = inner.add_(self.message.project(2, local_nodes).index_select(0, graph.source))
+        token = torch.cat(
+            [
+                graph.spread(local_edges),
+                local_nodes.index_select(0, graph.target),
+                local_nodes.index_select(0, graph.source),
+            ],
+            dim=1,
+        )
+        routed = self.message_experts(token, element.index_select(0, graph.target))
+        message = self.message.finish(inner, routed)
+        whole = copy(gather(message, self.tensor, dim=1), self.tensor)
+        queries, keys = self.query(local_nodes).split(self.width, dim=1), self.key(whole).split(self.width, dim=1)
+        value = graph.envelope * self.value(whole)
+        from_source = self._start_sums(queries[1], keys[1], value, graph.envelope, graph.source, graph.sources)
+        from_target = self._start_sums(queries[0], keys[0], value, graph.envelope, graph.target, graph.targets)
+        edge_update = graph.average(message)
+        at_target = copy(self.target_output(self._mean(from_target)), self.tensor)
+        at_source = copy(self.source_output(self._mean(from_source)), self.tensor)
+        update = update + self.update.project(1, at_target) + self.update.project(2, at_source)
+        routed = self.update_experts(torch.cat([own_nodes, at_target, at_source], dim=1), element)
+        return (
+            torch.addcmul(gather(self.update.finish(update, routed), self.tensor, dim=1), self.node_residual, nodes),
+            torch.addcmul(gather(edge_update, self.tensor, dim=1), self.edge_residual, edges),
+        )
+
+    def _start_sums(
+        self, query: Tensor, key: Tensor, value: Tensor, envelope: Tensor, node: Tensor, rows: Rows
+    ) -> tuple[PendingHalo, PendingHalo]:
+        """Numerators (N, heads, width) and denominators (N, heads, 1) of the attention, on the way to their owners."""
+        heads = (-1, self.width // self.head_width, self.head_width)
+        logits = (query.index_select(0, node) * key).view(heads).sum(dim=2, keepdim=True) / self.head_width**0.5
+        weight = envelope[:, :, None] * (LOGIT_CAP * (logits / LOGIT_CAP).tanh()).exp()
+        return (
+            rows.start_return(rows.sum(weight * value.view(heads), node)),
+            rows.start_return(rows.sum(weight, node)),
+        )
+
+    def _mean(self, sums: tuple[PendingHalo, PendingHalo]) -> Tensor:
+        """The heads of each owned atom, (N, width / W)."""
+        value, weight = (pending.wait() for pending in sums)
+        return (value / (weight + DELTA)).flatten(1)
+
+
+def _uniform(fan_in: int, *shape: int) -> Tensor:
+    return nn.init.uniform_(torch.empty(shape), -(fan_in**-0.5), fan_in**-0.5)
