@@ -163,15 +163,19 @@ def _verify_base(config: TrainConfig, setup: Setup, mesh: Mesh) -> None:
 def _differences(ours: Prediction, theirs: Prediction, num_atoms: Tensor) -> dict[str, float]:
     """Largest difference of the interaction energy in eV/atom, and of all else relative to its largest value."""
     energy = (ours.interaction_energy - theirs.interaction_energy) / num_atoms
-    found = {"energy": float(energy.abs().max())}
+    found = {"energy": _largest(energy)}
     for name in ("forces", "stress", "magmoms"):
         first, second = getattr(ours, name), getattr(theirs, name)
         if first is None or second is None:
             continue
         known = ~torch.isnan(second) if name == "stress" else torch.ones_like(second, dtype=torch.bool)  # no volume
-        difference = torch.where(known, first - second, 0.0).abs().max()
-        found[name] = float(difference / second[known].abs().max().clamp(min=_FLOORS[name])) if known.any() else 0.0
+        found[name] = _largest((first - second)[known]) / max(_largest(second[known]), _FLOORS[name])
     return found
+
+
+def _largest(values: Tensor) -> float:
+    """Largest magnitude; 0 without elements, NaN if any is."""
+    return float(values.abs().max()) if values.numel() else 0.0
 
 
 def _finish(setup: Setup, mesh: Mesh, output: Path, outcome: Outcome, precision: Precision, seconds: float) -> None:

@@ -22,11 +22,13 @@ def run_ranks(
     function: Callable[..., Any],
     *arguments: Any,
     layout: Mapping[str, int] | None = None,
+    with_mesh: bool = True,
     timeout: float = 120.0,
 ) -> list[Any]:
     """Calls `function(mesh, *arguments)` on every rank and returns the results in rank order.
 
     `layout` holds the sizes of the axes shard, graph and tensor, 1 by default; the other ranks are data-parallel.
+    Without a mesh the function gets the `Launch`, and can open meshes of several layouts one after the other.
 
     Function and arguments must be picklable. A rank's exception fails the call, with its traceback.
     """
@@ -37,7 +39,8 @@ def run_ranks(
     for rank in range(world_size):
         receiver, sender = _CONTEXT.Pipe(duplex=False)
         process = _CONTEXT.Process(
-            target=_rank, args=(sender, rank, world_size, port, function, arguments, dict(layout or {}))
+            target=_rank,
+            args=(sender, rank, world_size, port, function, arguments, dict(layout or {}) if with_mesh else None),
         )
         process.start()
         sender.close()
@@ -64,7 +67,7 @@ def _rank(
     port: int,
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
-    layout: dict[str, int],
+    layout: dict[str, int] | None,
 ) -> None:
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
@@ -73,12 +76,16 @@ def _rank(
     warnings.filterwarnings("error", message=".*an autograd kernel was not registered.*")
     import torch
 
-    from janus.mesh import open_mesh
+    from janus.mesh import join_ranks, open_mesh
 
     torch.set_num_threads(1)
     try:
-        with open_mesh("cpu", **layout, timeout_minutes=1.0) as mesh:
-            outcome = (True, function(mesh, *arguments))
+        with (
+            join_ranks("cpu", timeout_minutes=1.0)
+            if layout is None
+            else open_mesh("cpu", **layout, timeout_minutes=1.0)
+        ) as place:
+            outcome = (True, function(place, *arguments))
     except Exception:
         outcome = (False, f"rank {rank} of {world_size}:\n{traceback.format_exc()}")
     # By value: the default shares tensors' memory, which ends with this process.

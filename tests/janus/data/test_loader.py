@@ -127,3 +127,17 @@ raise RuntimeError
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert run.stdout.split() == ["20", "True"]
     assert run.returncode == 1
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_ranks_that_run_together_get_as_many_micro_batches(num_workers):
+    budget = Budget(limits=(30, None, 40), names=("a", "b", "c"))
+    counts = []
+    for rank in range(5):
+        options = {"budget": budget, "rank": rank, "world_size": 5, "num_steps": 4}
+        plain = [batch.micro_batches for batch in make_loader(**options)]
+        together = [batch.micro_batches for batch in make_loader(**options, same_count=True, num_workers=num_workers)]
+        for share, padded in zip(plain, together, strict=True):
+            assert padded == share + [[]] * (len(padded) - len(share))
+        counts.append([len(padded) for padded in together])
+    assert all(count == counts[0] for count in counts)
