@@ -153,6 +153,8 @@ class ModelConfig:
             ValueError: unknown or missing names, or values out of range.
         """
         known = {field.name for field in fields(ModelConfig)}
+        # Models of before experts existed have none.
+        values = {name: getattr(ModelConfig, name) for name in _SINCE_EXPERTS} | values
         if set(values) != known:
             raise ValueError(
                 f"model hyper-parameters do not fit this version: unknown {sorted(set(values) - known)}, "
@@ -168,6 +170,9 @@ class ModelConfig:
                 "readout_hidden_sizes": tuple(sizes) if isinstance(sizes, list) else sizes,
             }
         )
+
+
+_SINCE_EXPERTS = ("num_elements", "num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size", "kv_channels")
 
 
 def _check_type(name: str, value: Any, kind: type) -> None:

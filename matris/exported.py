@@ -11,6 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from matris.config import ModelConfig, Precision
 from matris.elements import SYMBOLS, number_of
@@ -61,7 +62,7 @@ def save_model(model: MatRIS, directory: Path, *, provenance: dict[str, Any], ov
             "parameter_dtype": str(model.config.params_dtype).removeprefix("torch."),
             "units": _UNITS,
             "elements": [SYMBOLS[number] for number in model.elements],
-            "reference_energies": dict(zip(SYMBOLS[1:], model.reference_energies.tolist(), strict=True)),
+            "reference_energies": _by_symbol(model.reference_energies),
             "energy_scale": model.energy_scale.item(),
             "predicts_magmoms": model.predicts_magmoms,
             "sha256": sha256_of(staging / WEIGHTS),
@@ -164,8 +165,12 @@ def load_model(directory: Path | str, *, device: str = "cpu", precision: Precisi
 
 
 def num_parameters(model: MatRIS) -> int:
-    """Number of parameters, the 94 reference energies included."""
+    """Number of parameters, the reference energies included."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _by_symbol(energies: Tensor) -> dict[str, float]:
+    return dict(zip(SYMBOLS[1 : len(energies) + 1], energies.tolist(), strict=True))
 
 
 def sha256_of(path: Path) -> str:

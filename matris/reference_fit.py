@@ -46,8 +46,11 @@ class LabelStatistics:
     isolated: dict[int, float]
 
     def residual(self, energies: np.ndarray) -> float:
-        """RMS of the energy per atom that reference energies (MAX_Z,) leave to the network, eV/atom."""
-        return float(np.linalg.norm(self.factor @ np.append(energies, -1.0)) / np.sqrt(max(self.num_energies, 1)))
+        """RMS of the energy per atom that reference energies (of Z = 1, 2, ...) leave to the network, eV/atom."""
+        solution = np.zeros(MAX_Z + 1)
+        solution[: len(energies)] = energies
+        solution[-1] = -1.0
+        return float(np.linalg.norm(self.factor @ solution) / np.sqrt(max(self.num_energies, 1)))
 
     @property
     def present(self) -> np.ndarray:

@@ -259,6 +259,12 @@ def _build_model(config: TrainConfig, hyper: ModelConfig, statistics: LabelStati
         model = load_model(config.init_from, precision=precision)
         elements_of_base = model.elements
         model.elements = tuple(sorted(statistics.elements.union(model.elements)))
+    if model.elements[-1] > hyper.num_elements:
+        raise ValueError(
+            f"the training data has {SYMBOLS[model.elements[-1]]} (Z = {model.elements[-1]}), but the model has "
+            f"weights for Z = 1 to {hyper.num_elements}: leave such structures out, or train a model with a larger "
+            "model.num_elements (at most 118)"
+        )
     source = config.data.reference_energies or ("fit" if config.init_from is None else "base")
     if source == "base":
         unknown = sorted(statistics.elements.difference(elements_of_base))
@@ -269,7 +275,7 @@ def _build_model(config: TrainConfig, hyper: ModelConfig, statistics: LabelStati
             )
     else:
         energies = reference_energies(source, statistics)
-        model.set_reference_energies(dict(enumerate(energies.tolist(), start=1)))
+        model.set_reference_energies({number: float(energies[number - 1]) for number in model.elements})
     if config.init_from is None:
         model.energy_scale.fill_(_energy_scale(config.data.energy_scale, model, statistics))
     return model

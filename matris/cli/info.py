@@ -6,13 +6,16 @@ import argparse
 import json
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jsonargparse
 
 from matris.config import ModelConfig
-from matris.elements import MAX_Z
+from matris.elements import SYMBOLS
 from matris.presets import PRESETS
+
+if TYPE_CHECKING:
+    from matris.model import MatRIS
 
 PROG = "janus-matris info"
 
@@ -51,18 +54,27 @@ def _hyper_parameters(preset: str | None, arguments: list[str]) -> ModelConfig:
 
 
 def _of_directory(directory: Path) -> dict[str, Any]:
-    from matris.exported import load_model, num_parameters, read_config
+    from matris.exported import load_model, read_config
 
     config = read_config(directory)
-    config["parameters"] = num_parameters(load_model(directory))  # verifies the checksum as well
-    return config
+    return config | _counts(load_model(directory))  # verifies the checksum as well
 
 
 def _of_config(hyper: ModelConfig) -> dict[str, Any]:
-    from matris.exported import num_parameters
+    import torch
+
     from matris.model import MatRIS
 
-    return {"model": hyper.to_dict(), "parameters": num_parameters(MatRIS(hyper))}
+    with torch.device("meta"):  # shapes alone: the largest have billions of parameters
+        model = MatRIS(hyper)
+    return {"model": hyper.to_dict()} | _counts(model)
+
+
+def _counts(model: MatRIS) -> dict[str, Any]:
+    from matris.exported import num_parameters
+
+    total = num_parameters(model)
+    return {"parameters": total, "total_parameters": total, "active_parameters": model.num_active_parameters()}
 
 
 def _table(facts: dict[str, Any]) -> str:
@@ -70,7 +82,7 @@ def _table(facts: dict[str, Any]) -> str:
     for name, value in facts.items():
         if name == "reference_energies":
             value = {symbol: energy for symbol, energy in value.items() if energy != 0.0} or "all zero"
-        if name == "elements" and len(value) < MAX_Z:  # they need not be neighbours
+        if name == "elements" and tuple(value) != SYMBOLS[1 : len(value) + 1]:  # not all from hydrogen on
             value = ",".join(value)
         if isinstance(value, dict):
             lines.append(f"{name}:")

@@ -140,7 +140,7 @@ def test_bad_input(calculator: MatRISCalculator, tiny_model: MatRIS, copper: Ato
         copper.get_potential_energy()
     heavy = Atoms("Cm")
     heavy.calc = calculator
-    with pytest.raises(ValueError, match="atomic number 96"):
+    with pytest.raises(ValueError, match="not trained on Cm"):
         heavy.get_potential_energy()
     with pytest.raises(ValueError, match="dtype is 'float16'"):
         MatRISCalculator(tiny_model, dtype="float16")

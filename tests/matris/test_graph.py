@@ -87,7 +87,7 @@ def test_labels_are_masked_not_filled():
     ("change", "message"),
     [
         ({"numbers": np.array([0, 6])}, "atomic number 0"),
-        ({"numbers": np.array([6, 95])}, "atomic number 95"),
+        ({"numbers": np.array([6, 119])}, "atomic number 119"),
         ({"positions": np.array([[0.0, 0.0, np.nan], [1.0, 0.0, 0.0]])}, "position of atom 0"),
         ({"positions": np.zeros((3, 3))}, "shapes"),
         ({"cell": np.diag([np.inf, 1.0, 1.0])}, "cell is"),
