@@ -32,7 +32,7 @@ class Task(Protocol):
     """A model with its loss.
 
     Attributes:
-        model: the same weights on every rank.
+        model: the same logical weights on every rank.
         num_sums: length of `MicroLoss.sums`.
         columns: names that `report` can return; among them `loss`.
     """
@@ -56,8 +56,8 @@ class Task(Protocol):
     def summary(self, report: Mapping[str, float]) -> str:
         """A few words about a report, for the progress bar."""
 
-    def export(self, directory: Path, provenance: Mapping[str, Any]) -> None:
-        """Writes the model for use, atomically."""
+    def export(self, directory: Path, state: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> None:
+        """Writes the model for use, atomically. Called on rank 0 alone, with the whole state dict."""
 
 
 class Batch(Protocol):
