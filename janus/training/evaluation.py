@@ -41,7 +41,7 @@ def evaluate(
         identifiers.append(task.identifiers(micro_batch))
     finite = torch.isfinite(torch.stack(losses)).tolist() if losses else []
     bad = [name for names, fine in zip(identifiers, finite, strict=True) if not fine for name in names]
-    suspects = [name for names in gather_objects(bad, mesh) for name in names]
+    suspects = list(dict.fromkeys(name for names in gather_objects(bad, mesh) for name in names))
     if suspects:
         more = f" and {len(suspects) - 20} more" if len(suspects) > 20 else ""
         raise NonFiniteError(

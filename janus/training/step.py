@@ -101,7 +101,8 @@ def _complaint(task: Task, batch: Batch, losses: Sequence[MicroLoss], grad_norm:
     ]
     everywhere = [entry for entries in gather_objects(named, mesh) for entry in entries]
     bad_loss = any(bad for bad, _ in everywhere)
-    suspects = [name for bad, names in everywhere if bad or not bad_loss for name in names]
+    # Once each: ranks of the graph and tensor axes share their structures.
+    suspects = list(dict.fromkeys(name for bad, names in everywhere if bad or not bad_loss for name in names))
     what = "the loss" if bad_loss else f"the gradient (norm {grad_norm})"
     return (
         f"{what} of step {batch.step} is not finite; nothing was updated or saved. Structures of the batch: "

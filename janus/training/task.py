@@ -16,10 +16,10 @@ class MicroLoss:
     """One micro-batch's share of the loss of a batch.
 
     Attributes:
-        total: scalar to differentiate. The sum over all micro-batches of all ranks is the loss of the global batch,
-            since each is divided by the global totals.
+        total: scalar to differentiate, divided by the totals of the global batch; the gradients of all micro-batches
+            of all ranks add up to that of its loss. So do the values, except where several ranks know the same term.
         sums: (Task.num_sums,) float64, detached: whatever adds up over micro-batches and ranks (loss terms, error
-            sums and their counts); `Task.report` reads it.
+            sums and their counts; what several ranks know is counted by one); `Task.report` reads it.
         num_edges: edges computed, for the throughput.
     """
 
