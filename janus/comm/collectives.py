@@ -54,8 +54,13 @@ def plan_buckets(tensors: Sequence[Tensor], bucket_bytes: int) -> Iterator[list[
 
 
 def reduce_sums(values: Tensor, mesh: Mesh) -> Tensor:
-    """Sum over the replicas of the mesh in float64, out of place; all-reduces 8 bytes per element."""
-    return all_reduced(values.detach().double(), mesh.replicas)
+    """Sum over the replicas of the mesh in float64, out of place; all-reduces 8 bytes per element.
+
+    All ranks get the same bits, so that they decide alike: the values of the tensor ranks, which may differ by rounding
+    or by a stop signal that only one has got, are averaged, by an all-reduce of their axis.
+    """
+    total = all_reduced(values.detach().double(), mesh.replicas)
+    return all_reduced(total / mesh.tensor.size, mesh.tensor)
 
 
 def reduce_max(value: float, mesh: Mesh) -> float:
