@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from janus.mesh import Mesh
+from janus.sharding import part_of, split_of
 from matris.config import ModelConfig, Precision
 from matris.elements import SYMBOLS, number_of
 from matris.model import MatRIS
@@ -35,13 +38,21 @@ _REQUIRED: dict[str, type] = {
 """Entries of `config.json` that are relied upon."""
 
 
-def save_model(model: MatRIS, directory: Path, *, provenance: dict[str, Any], overwrite: bool = False) -> None:
+def save_model(
+    model: MatRIS,
+    directory: Path,
+    *,
+    provenance: dict[str, Any],
+    overwrite: bool = False,
+    state: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write a model directory; it appears whole or not at all.
 
     Args:
         directory: to create; its parent is created too.
         provenance: JSON-ready facts of where the weights come from.
         overwrite: replace an existing model directory.
+        state: the whole state dict, of a model that several ranks share; None for that of `model`.
 
     Raises:
         FileExistsError: `directory` exists and `overwrite` is False.
@@ -53,12 +64,14 @@ def save_model(model: MatRIS, directory: Path, *, provenance: dict[str, Any], ov
     directory.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
-        save_file({name: value.contiguous() for name, value in model.state_dict().items()}, staging / WEIGHTS)
+        state = model.state_dict() if state is None else state
+        save_file({name: value.contiguous() for name, value in state.items()}, staging / WEIGHTS)
+        buffers = {name for name, _ in model.named_buffers()}
         config = {
             "format": "janus-matris model",
             "format_version": FORMAT_VERSION,
             "model": model.hyper.to_dict(),
-            "parameters": num_parameters(model),
+            "parameters": sum(value.numel() for name, value in state.items() if name not in buffers),
             "parameter_dtype": str(model.config.params_dtype).removeprefix("torch."),
             "units": _UNITS,
             "elements": [SYMBOLS[number] for number in model.elements],
@@ -122,11 +135,14 @@ def config_sha256(config: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def load_model(directory: Path | str, *, device: str = "cpu", precision: Precision | None = None) -> MatRIS:
+def load_model(
+    directory: Path | str, *, device: str = "cpu", precision: Precision | None = None, mesh: Mesh | None = None
+) -> MatRIS:
     """Read a model directory.
 
     Args:
         precision: number formats; None keeps that of the stored parameters.
+        mesh: ranks that share the model; each takes its parts of the weights. None for this process alone.
 
     Raises:
         ValueError: missing, corrupt (checksums) or foreign files.
@@ -146,7 +162,7 @@ def load_model(directory: Path | str, *, device: str = "cpu", precision: Precisi
         raise ValueError(f"{weights} is not a readable safetensors file: {error}") from error
     try:
         elements = tuple(sorted({number_of(str(symbol)) for symbol in config["elements"]}))
-        model = MatRIS(ModelConfig.from_dict(config["model"]), precision=precision)
+        model = MatRIS(ModelConfig.from_dict(config["model"]), precision=precision, mesh=mesh)
     except ValueError as error:
         raise ValueError(f"{directory / CONFIG}: {error}") from error
     expected = set(model.state_dict())
@@ -155,8 +171,9 @@ def load_model(directory: Path | str, *, device: str = "cpu", precision: Precisi
             f"{weights} does not fit {CONFIG}: missing {sorted(expected - set(state))}, "
             f"unknown {sorted(set(state) - expected)}"
         )
+    splits = {name: split_of(parameter) for name, parameter in model.named_parameters()}
     try:
-        model.load_state_dict(state)
+        model.load_state_dict({n: part_of(value, splits.get(n), model.mesh.tensor) for n, value in state.items()})
     except RuntimeError as error:  # shapes
         raise ValueError(f"{weights} does not fit {CONFIG}: {error}") from error
     model.elements = elements

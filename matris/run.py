@@ -49,6 +49,7 @@ def run_training(config: TrainConfig) -> int:
         ValueError, OSError: a mistake in the settings, the data or the output directory.
     """
     parallel = config.parallel
+    parallel.refuse_idle()
     with open_mesh(
         config.training.device,
         shard=parallel.fully_sharded_size,
@@ -128,7 +129,7 @@ def _verify_base(config: TrainConfig, setup: Setup, mesh: Mesh) -> None:
     Raises:
         ValueError: a prediction differs by more than rounding.
     """
-    base = load_model(str(config.init_from), precision=Precision(config.training.precision)).to(mesh.device)
+    base = load_model(str(config.init_from), precision=Precision(config.training.precision), mesh=mesh).to(mesh.device)
     same_references = torch.equal(base.reference_energies, setup.model.reference_energies)
     keeps_references = config.data.reference_energies in (None, "base")
     if keeps_references and not same_references:
@@ -138,7 +139,7 @@ def _verify_base(config: TrainConfig, setup: Setup, mesh: Mesh) -> None:
     dataset = setup.datasets.valid or setup.datasets.train
     source = evaluation_source(dataset, base, mesh, setup.portions)
     largest = dict.fromkeys(_FLOORS, 0.0)
-    with setup.learner.ema.applied():
+    with setup.learner.averaged():
         for micro_batch in source.micro_batches():
             batch = micro_batch.to(mesh.device)
             found = _differences(setup.model(batch.graph), base(batch.graph), batch.graph.atoms_per_structure)
@@ -181,7 +182,7 @@ def _largest(values: Tensor) -> float:
 def _finish(setup: Setup, mesh: Mesh, output: Path, outcome: Outcome, precision: Precision, seconds: float) -> None:
     """Errors of the best model (of the last one without validation), and pictures."""
     name = "last" if outcome.best_step is None else "best"
-    model = load_model(output / name, precision=precision).to(mesh.device)
+    model = load_model(output / name, precision=precision, mesh=mesh).to(mesh.device)
     report: dict[str, Any] = {
         "model": name,
         "step": outcome.step if outcome.best_step is None else outcome.best_step,

@@ -7,7 +7,6 @@ import numpy as np
 from janus.data.packing import plan_micro_batches
 from janus.mesh import Mesh
 from matris.data.dataset import StructureDataset
-from matris.exported import num_parameters
 from matris.reference_fit import reference_table
 from matris.setup import Setup
 from matris.train_config import TrainConfig
@@ -37,7 +36,7 @@ def run_table(config: TrainConfig, setup: Setup, mesh: Mesh) -> str:
         (
             "model",
             f"{hyper.num_layers} layers of width {hyper.hidden_size}, cutoffs {hyper.pairwise_cutoff:g} and "
-            f"{hyper.three_body_cutoff:g} A, {_count(num_parameters(setup.model))} parameters"
+            f"{hyper.three_body_cutoff:g} A, {_count(setup.learner.weights.num_parameters)} parameters"
             + (f", from {config.init_from}" if config.init_from else ""),
         ),
         ("ranks", f"{mesh.world_size} x {mesh.device.type}, data-parallel; precision {training.precision}"),

@@ -83,7 +83,7 @@ def build_setup(config: TrainConfig, mesh: Mesh) -> Setup:
     on_main_rank(lambda: opened.append(_open_datasets(config, hyper)), mesh)
     datasets = opened[0] if mesh.is_main else _open_datasets(config, hyper)
     statistics = label_statistics(datasets.train, mesh)
-    model = _build_model(config, hyper, statistics).to(mesh.device)
+    model = _build_model(config, hyper, statistics, mesh).to(mesh.device)
     # Weight decay would wear off a head that nothing trains.
     model.predicts_magmoms = config.loss.magmoms_weight > 0.0
     model.readout.magmom.requires_grad_(model.predicts_magmoms)
@@ -103,6 +103,9 @@ def build_setup(config: TrainConfig, mesh: Mesh) -> Setup:
         _schedule(config.optim, num_steps),
         ema_decay=config.optim.ema_decay,
         clip_grad=config.optim.clip_grad,
+        mesh=mesh,
+        units=model.sharding_units(),
+        policy=config.parallel.sharding_policy,
     )
     portions = Portions(
         # With a global budget: about as many structures as an update has.
@@ -248,15 +251,15 @@ def _label_keys(data: DataConfig) -> LabelKeys:
     )
 
 
-def _build_model(config: TrainConfig, hyper: ModelConfig, statistics: LabelStatistics) -> MatRIS:
+def _build_model(config: TrainConfig, hyper: ModelConfig, statistics: LabelStatistics, mesh: Mesh) -> MatRIS:
     """New, or the base model, with its elements, reference energies and energy scale."""
     precision = Precision(config.training.precision)
     elements_of_base: tuple[int, ...] = ()
     if config.init_from is None:
-        model = MatRIS(hyper, precision=precision, seed=config.training.seed)
+        model = MatRIS(hyper, precision=precision, seed=config.training.seed, mesh=mesh)
         model.elements = tuple(sorted(statistics.elements))
     else:
-        model = load_model(config.init_from, precision=precision)
+        model = load_model(config.init_from, precision=precision, mesh=mesh)
         elements_of_base = model.elements
         model.elements = tuple(sorted(statistics.elements.union(model.elements)))
     if model.elements[-1] > hyper.num_elements:

@@ -79,6 +79,6 @@ class MatRISTask:
         """Loss and errors in a few words."""
         return f"loss {report['loss']:.4g}  {metrics_line(dict(report))}"
 
-    def export(self, directory: Path, provenance: Mapping[str, Any]) -> None:
+    def export(self, directory: Path, state: Mapping[str, torch.Tensor], provenance: Mapping[str, Any]) -> None:
         """Writes a model directory, replacing the one of an earlier step."""
-        save_model(self.model, directory, provenance=dict(provenance), overwrite=True)
+        save_model(self.model, directory, provenance=dict(provenance), overwrite=True, state=state)

@@ -250,6 +250,20 @@ class ParallelConfig:
                 f"parallel.distributed_timeout_minutes is {self.distributed_timeout_minutes}: it must be positive"
             )
 
+    def refuse_idle(self) -> None:
+        """A run has one layout, in which every option must act.
+
+        Raises:
+            ValueError: an option that is not at its default belongs to an axis of one rank.
+        """
+        for name, axis in (("sharding_policy", "fully_sharded_size"), ("graph_partitioner", "context_parallel_size")):
+            value = getattr(self, name)
+            if value != getattr(ParallelConfig, name) and getattr(self, axis) == 1:
+                raise ValueError(
+                    f"parallel.{name} is {value}, but parallel.{axis} is 1, so it has no effect: leave it out, or "
+                    f"choose a larger {axis}"
+                )
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from janus.comm.adjoint import all_reduced
-from janus.mesh import ElsewhereError, Mesh
+from janus.mesh import Axis, ElsewhereError, Mesh
 
 T = TypeVar("T")
 
@@ -53,8 +54,13 @@ def plan_buckets(tensors: Sequence[Tensor], bucket_bytes: int) -> Iterator[list[
 
 
 def reduce_sums(values: Tensor, mesh: Mesh) -> Tensor:
-    """Sum over the replicas of the mesh in float64, out of place; all-reduces 8 bytes per element."""
-    return all_reduced(values.detach().double(), mesh.replicas)
+    """Sum over the replicas of the mesh in float64, out of place; all-reduces 8 bytes per element.
+
+    All ranks get the same bits, so that they decide alike: the values of the tensor ranks, which may differ by rounding
+    or by a stop signal that only one has got, are averaged, by an all-reduce of their axis.
+    """
+    total = all_reduced(values.detach().double(), mesh.replicas)
+    return all_reduced(total / mesh.tensor.size, mesh.tensor)
 
 
 def reduce_max(value: float, mesh: Mesh) -> float:
@@ -63,15 +69,52 @@ def reduce_max(value: float, mesh: Mesh) -> float:
     return max(values, key=lambda entry: (entry != entry, entry))
 
 
-def broadcast_tensors(tensors: Iterable[Tensor], mesh: Mesh) -> None:
-    """Overwrites each tensor with rank 0's; one broadcast of its bytes each."""
-    if mesh.world_size == 1:
+def broadcast_tensors(tensors: Iterable[Tensor], axis: Axis) -> None:
+    """Overwrites each tensor with that of the axis's first rank; one broadcast of its bytes each."""
+    if axis.size == 1:
         return
     for tensor in tensors:
-        mesh.ledger.record("world/broadcast", tensor.nbytes)
+        axis.ledger.record(f"{axis.name}/broadcast", tensor.nbytes)
         value = tensor.detach().contiguous()
-        dist.broadcast(value, src=0)
+        dist.broadcast(value, src=axis.members[0], group=axis.group)
         tensor.detach().copy_(value)
+
+
+@dataclass(kw_only=True)
+class PendingTensor:
+    """A tensor that a running collective fills.
+
+    Attributes:
+        result: not to be read before `wait`.
+    """
+
+    result: Tensor
+    work: Any
+    source: Tensor | None = field(repr=False)
+
+    def wait(self) -> Tensor:
+        """The tensor, filled."""
+        self.work.wait()
+        self.work = self.source = None  # only now: the collective has read it
+        return self.result
+
+
+def start_all_gather(piece: Tensor, axis: Axis) -> PendingTensor:
+    """Starts the concatenation of the equal pieces (n,) of all ranks, (size * n,); sends (W - 1) times its bytes."""
+    source = piece.detach()
+    result = source.new_empty(axis.size * len(source))
+    axis.ledger.record(f"{axis.name}/all_gather", source.nbytes, (axis.size - 1) * source.nbytes)
+    work = dist.all_gather_into_tensor(result, source, group=axis.group, async_op=True)
+    return PendingTensor(result=result, work=work, source=source)
+
+
+def start_reduce_scatter(whole: Tensor, axis: Axis) -> PendingTensor:
+    """Starts the sum of (size * n,) over the axis, of which each rank gets its piece (n,); sends (W - 1) / W of it."""
+    source = whole.detach()
+    result = source.new_empty(len(source) // axis.size)
+    axis.ledger.record(f"{axis.name}/reduce_scatter", source.nbytes, (axis.size - 1) * source.nbytes / axis.size)
+    work = dist.reduce_scatter_tensor(result, source, group=axis.group, async_op=True)
+    return PendingTensor(result=result, work=work, source=source)
 
 
 def broadcast_object(value: Any, mesh: Mesh) -> Any:

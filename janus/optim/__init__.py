@@ -1,8 +1,16 @@
 """Optimizer, learning-rate schedule, clipping and exponential moving average."""
 
 from janus.optim.adamw import AdamWConfig, build_adamw
-from janus.optim.clip import clip_gradients
+from janus.optim.clip import clip_gradients, gradient_norm
 from janus.optim.ema import ExponentialMovingAverage
 from janus.optim.schedule import DecayStyle, Schedule
 
-__all__ = ["AdamWConfig", "DecayStyle", "ExponentialMovingAverage", "Schedule", "build_adamw", "clip_gradients"]
+__all__ = [
+    "AdamWConfig",
+    "DecayStyle",
+    "ExponentialMovingAverage",
+    "Schedule",
+    "build_adamw",
+    "clip_gradients",
+    "gradient_norm",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -26,11 +27,22 @@ class AdamWConfig:
     decay_1d: bool = False
 
 
-def build_adamw(model: nn.Module, config: AdamWConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters, in two groups: decayed and not."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    decayed = [parameter for parameter in trainable if config.decay_1d or parameter.ndim > 1]
-    spared = [parameter for parameter in trainable if not config.decay_1d and parameter.ndim <= 1]
+def build_adamw(
+    parameters: Mapping[str, nn.Parameter], config: AdamWConfig, *, ndims: Mapping[str, int] | None = None
+) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters, in two groups: decayed and not.
+
+    Args:
+        ndims: number of dimensions by name, which decides on the decay; None for the parameters' own. Slices of
+            parameters have one, whatever they are slices of.
+    """
+    trainable = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+
+    def decays(name: str) -> bool:
+        return config.decay_1d or (trainable[name].ndim if ndims is None else ndims[name]) > 1
+
+    decayed = [parameter for name, parameter in trainable.items() if decays(name)]
+    spared = [parameter for name, parameter in trainable.items() if not decays(name)]
     groups = [
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": spared, "weight_decay": 0.0},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class ExponentialMovingAverage:
-    """Averaged copy of a model's trainable parameters, by name.
+    """Averaged copy of trainable parameters, by name.
 
     After update k = 1, 2, ... the average moves by 1 - min(decay, (1 + k) / (10 + k)) towards the weights: an early
     average forgets the random start quickly.
@@ -19,11 +19,11 @@ class ExponentialMovingAverage:
         average: name -> averaged parameter.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"EMA decay is {decay}: it must be in [0, 1); 0 follows the weights exactly")
         self.decay = decay
-        self._parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        self._parameters = {name: value for name, value in parameters.items() if value.requires_grad}
         self.average: dict[str, Tensor] = {name: value.detach().clone() for name, value in self._parameters.items()}
 
     @torch.no_grad()
@@ -34,13 +34,13 @@ class ExponentialMovingAverage:
 
     @torch.no_grad()
     def load(self, average: dict[str, Tensor]) -> None:
-        """Restores `average` of a checkpoint; names must be those of the model."""
+        """Restores `average` of a checkpoint; names must be those of the parameters."""
         for name, value in self.average.items():
             value.copy_(average[name])
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The model has the averaged weights inside of the block, and its own again afterwards."""
+        """The parameters have the averaged values inside of the block, and their own again afterwards."""
         own = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
         self._assign(self.average)
         try:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
 import numpy as np
 import torch
 
@@ -11,11 +14,19 @@ from janus.training.step import NonFiniteError
 from janus.training.task import EvaluationSource, Task
 
 
-def evaluate(task: Task, source: EvaluationSource, mesh: Mesh, *, step: int) -> np.ndarray:
+def evaluate(
+    task: Task,
+    source: EvaluationSource,
+    mesh: Mesh,
+    *,
+    step: int,
+    around: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> np.ndarray:
     """Loss and error sums over the set, (Task.num_sums,) float64; all-reduces 8 bytes per element, once.
 
     Args:
         step: updates that the weights have seen, for messages.
+        around: entered for each micro-batch; sharded weights need it.
 
     Raises:
         NonFiniteError: on all ranks, if the loss is not finite anywhere.
@@ -23,13 +34,14 @@ def evaluate(task: Task, source: EvaluationSource, mesh: Mesh, *, step: int) -> 
     own = torch.zeros(task.num_sums, dtype=torch.float64, device=mesh.device)
     losses, identifiers = [], []
     for micro_batch in source.micro_batches():
-        loss = task.loss(micro_batch, source.totals, training=False)
+        with around():
+            loss = task.loss(micro_batch, source.totals, training=False)
         own += loss.sums
         losses.append(loss.total.detach())
         identifiers.append(task.identifiers(micro_batch))
     finite = torch.isfinite(torch.stack(losses)).tolist() if losses else []
     bad = [name for names, fine in zip(identifiers, finite, strict=True) if not fine for name in names]
-    suspects = [name for names in gather_objects(bad, mesh) for name in names]
+    suspects = list(dict.fromkeys(name for names in gather_objects(bad, mesh) for name in names))
     if suspects:
         more = f" and {len(suspects) - 20} more" if len(suspects) > 20 else ""
         raise NonFiniteError(

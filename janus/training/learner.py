@@ -2,38 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from janus.checkpoint import CheckpointError
+from janus.mesh import Mesh
 from janus.optim import AdamWConfig, ExponentialMovingAverage, Schedule, build_adamw, clip_gradients
+from janus.sharding import Policy, Weights
 
-_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Learner:
-    """A model with what updates it.
+    """A model with what updates it. Each rank updates and averages what it holds of the weights.
 
     Args:
         model: its trainable parameters are updated.
         adamw, schedule: how.
         ema_decay: of the averaged weights, see `ExponentialMovingAverage`.
         clip_grad: largest 2-norm of the gradient of the global batch; 0 clips nothing.
+        mesh, units, policy: how the ranks share the weights, see `Weights`.
 
     Attributes:
+        weights: what this rank holds of the weights.
+        parameters: its `pieces`.
         step: number of updates done.
     """
 
     def __init__(
-        self, model: nn.Module, adamw: AdamWConfig, schedule: Schedule, *, ema_decay: float, clip_grad: float
+        self,
+        model: nn.Module,
+        adamw: AdamWConfig,
+        schedule: Schedule,
+        *,
+        ema_decay: float,
+        clip_grad: float,
+        mesh: Mesh,
+        units: Sequence[nn.Module] | None = None,
+        policy: Policy = "regather",
     ) -> None:
         self.model = model
         self.schedule = schedule
         self.clip_grad = clip_grad
-        self.parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
-        self.optimizer = build_adamw(model, adamw)
-        self.ema = ExponentialMovingAverage(model, ema_decay)
+        self.weights = Weights(model, mesh, units=units, policy=policy)
+        self.parameters = self.weights.pieces
+        self.optimizer = build_adamw(self.parameters, adamw, ndims=self.weights.ndims)
+        self.ema = ExponentialMovingAverage(self.parameters, ema_decay)
         self.step = 0
 
     @property
@@ -41,29 +58,77 @@ class Learner:
         """Of the next update."""
         return self.schedule.rate(self.step)
 
+    def zero_gradients(self) -> None:
+        """Forgets all gradients."""
+        self.weights.zero_gradients()
+
+    def sum_gradients(self) -> None:
+        """Sums the gradients over ranks. All of them call it."""
+        self.weights.sum_gradients()
+
     def clip(self) -> float:
         """Clips the gradients, which must be summed over ranks. Returns the norm they had."""
-        return float(clip_gradients(self.parameters.values(), self.clip_grad))
+        return float(clip_gradients(self.parameters.values(), self.clip_grad, norm=self.weights.gradient_norm()))
 
     def update(self) -> None:
-        """One optimizer step with the gradients that are there; then the average follows."""
+        """One optimizer step with the gradients that are there; then the average follows.
+
+        It cannot start with the first unit whose gradient has arrived: clipping, and the refusal of a gradient that is
+        not finite, need the norm of all. So it is one fused pass over all pieces, after the last.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
         self.optimizer.step()
+        self.weights.changed()
         self.step += 1
         self.ema.update(self.step)
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model has the averaged weights inside of the block."""
+        with self.ema.applied():
+            self.weights.changed()
+            yield
+        self.weights.changed()
+
+    def broadcast(self) -> None:
+        """Gives all ranks the weights of the first that holds them. All ranks call it."""
+        self.weights.broadcast()
+
+    # Logical tensors: all ranks call these, and get the same ---------------------------------------------------------
+
+    def state(self) -> dict[str, Tensor]:
+        """State dict of the model, whole."""
+        return self.weights.state()
+
+    def gather_parameters(self) -> dict[str, Tensor]:
+        """Trainable parameters, whole."""
+        return self.weights.gather({name: piece.detach() for name, piece in self.parameters.items()})
+
+    def gather_gradients(self) -> dict[str, Tensor]:
+        """Gradients of the trainable parameters after `sum_gradients`, whole."""
+        gradients = {name: piece.grad for name, piece in self.parameters.items()}
+        return self.weights.gather({name: grad for name, grad in gradients.items() if grad is not None})
+
+    def gather_average(self) -> dict[str, Tensor]:
+        """Averages of the trainable parameters, whole."""
+        return self.weights.gather(self.ema.average)
+
     def capture(self) -> dict[str, Tensor]:
         """All tensors of the state, by logical name: nothing depends on ranks or on the order of parameters."""
-        tensors = {f"model/{name}": value for name, value in self.model.state_dict().items()}
-        tensors |= {f"ema/{name}": value for name, value in self.ema.average.items()}
-        for name, parameter in self.parameters.items():
-            state = self.optimizer.state.get(parameter, {})
-            tensors |= {f"optimizer/{moment}/{name}": state[moment] for moment in _MOMENTS if moment in state}
-        return tensors
+        tensors = {f"model/{name}": value for name, value in self.state().items()}
+        tensors |= {f"ema/{name}": value for name, value in self.gather_average().items()}
+        if self.step == 0:
+            return tensors
+        state = self.optimizer.state
+        for moment in _MOMENTS:
+            values = self.weights.gather({name: state[piece][moment] for name, piece in self.parameters.items()})
+            tensors |= {f"optimizer/{moment}/{name}": value for name, value in values.items()}
+        # Every update is one of every parameter.
+        return tensors | {f"optimizer/step/{name}": torch.tensor(float(self.step)) for name in self.parameters}
 
     def restore(self, tensors: Mapping[str, Tensor], step: int) -> None:
-        """Inverse of `capture`.
+        """Inverse of `capture`, for whichever layout that had. Sends nothing.
 
         Raises:
             CheckpointError: names or shapes are not those of this model.
@@ -72,7 +137,7 @@ class Learner:
         for full_name, value in tensors.items():
             part, name = full_name.split("/", 1)
             parts[part][name] = value
-        wanted = {name: value.shape for name, value in self.model.state_dict().items()}
+        wanted = self.weights.shapes
         found = {name: value.shape for name, value in parts["model"].items()}
         if wanted != found or set(parts["ema"]) != set(self.parameters):
             differing = sorted({name for name in wanted | found if wanted.get(name) != found.get(name)})
@@ -81,18 +146,14 @@ class Learner:
                 f"the checkpoint is of another model: {len(differing)} tensors differ, such as {differing[:3]}; "
                 "resume with the settings of that run, or choose another output directory"
             )
-        self.model.load_state_dict(parts["model"])
-        self.ema.load(parts["ema"])
+        self.weights.load_state(parts["model"])
+        self.ema.load({name: self.weights.piece(name, value) for name, value in parts["ema"].items()})
         self.optimizer.state.clear()
-        for name, parameter in self.parameters.items():
-            moments = {moment: parts["optimizer"].get(f"{moment}/{name}") for moment in _MOMENTS}
-            state = {moment: value for moment, value in moments.items() if value is not None}
+        moments = parts["optimizer"]
+        for name, piece in self.parameters.items() if step > 0 else ():
             # The fused optimizer keeps the step count beside its parameter, like the moments.
-            self.optimizer.state[parameter] = {
-                moment: value.to(parameter.device, copy=True) for moment, value in state.items()
+            self.optimizer.state[piece] = {
+                "step": moments[f"step/{name}"].to(piece.device, copy=True),
+                **{moment: self.weights.piece(name, moments[f"{moment}/{name}"]) for moment in _MOMENTS},
             }
         self.step = step
-
-    def zero_gradients(self) -> None:
-        """Forgets all gradients."""
-        self.optimizer.zero_grad(set_to_none=True)

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from janus.comm.collectives import gather_objects, reduce_sums, sum_gradients
+from janus.comm.adjoint import all_reduced
+from janus.comm.collectives import gather_objects, reduce_sums
 from janus.mesh import Mesh
 from janus.training.learner import Learner
 from janus.training.task import Batch, MicroLoss, Task
@@ -55,12 +56,13 @@ def train_step(
     """
     learner.zero_gradients()
     losses = accumulate_gradients(task, batch.micro_batches, totals, learner)
-    sum_gradients(learner.parameters.values(), mesh)
+    learner.sum_gradients()
     own = torch.zeros(task.num_sums + 2, dtype=torch.float64, device=mesh.device)
     for loss in losses:
         own[:-2] += loss.sums
         own[-2] += loss.num_edges
-    own[-1] = float(stop)
+    # Tensor ranks have the same sums, but a signal may have reached one of them alone.
+    own[-1:] = all_reduced(torch.full_like(own[-1:], float(stop)), mesh.tensor)
     sums = reduce_sums(own, mesh).cpu().numpy()
     grad_norm = learner.clip()
     # Both were reduced over all ranks, so all ranks take the same branch.
@@ -71,14 +73,18 @@ def train_step(
 
 
 def accumulate_gradients(task: Task, micro_batches: Sequence[Any], totals: Any, learner: Learner) -> list[MicroLoss]:
-    """Adds the gradients of this rank's micro-batches; nothing is communicated. Returns their losses, detached."""
-    parameters = list(learner.parameters.values())
+    """Adds the gradients of this rank's micro-batches. Returns their losses, detached.
+
+    Nothing is communicated but what the model itself exchanges, and sharded weights and their gradients, for which all
+    ranks need the same number of micro-batches.
+    """
     losses = []
     for micro_batch in micro_batches:
-        loss = task.loss(micro_batch, totals, training=True)
-        if loss.total.requires_grad:
-            # The parameters alone: gradients on positions and strain would cost time and mean nothing.
-            loss.total.backward(inputs=parameters)
+        with learner.weights.run(training=True):
+            loss = task.loss(micro_batch, totals, training=True)
+            if loss.total.requires_grad:
+                # The weights alone: gradients on positions and strain would cost time and mean nothing.
+                loss.total.backward(inputs=learner.weights.leaves)
         losses.append(MicroLoss(total=loss.total.detach(), sums=loss.sums, num_edges=loss.num_edges))
     return losses
 
@@ -95,7 +101,8 @@ def _complaint(task: Task, batch: Batch, losses: Sequence[MicroLoss], grad_norm:
     ]
     everywhere = [entry for entries in gather_objects(named, mesh) for entry in entries]
     bad_loss = any(bad for bad, _ in everywhere)
-    suspects = [name for bad, names in everywhere if bad or not bad_loss for name in names]
+    # Once each: ranks of the graph and tensor axes share their structures.
+    suspects = list(dict.fromkeys(name for bad, names in everywhere if bad or not bad_loss for name in names))
     what = "the loss" if bad_loss else f"the gradient (norm {grad_norm})"
     return (
         f"{what} of step {batch.step} is not finite; nothing was updated or saved. Structures of the batch: "

@@ -16,10 +16,10 @@ class MicroLoss:
     """One micro-batch's share of the loss of a batch.
 
     Attributes:
-        total: scalar to differentiate. The sum over all micro-batches of all ranks is the loss of the global batch,
-            since each is divided by the global totals.
+        total: scalar to differentiate, divided by the totals of the global batch; the gradients of all micro-batches
+            of all ranks add up to that of its loss. So do the values, except where several ranks know the same term.
         sums: (Task.num_sums,) float64, detached: whatever adds up over micro-batches and ranks (loss terms, error
-            sums and their counts); `Task.report` reads it.
+            sums and their counts; what several ranks know is counted by one); `Task.report` reads it.
         num_edges: edges computed, for the throughput.
     """
 
@@ -32,7 +32,7 @@ class Task(Protocol):
     """A model with its loss.
 
     Attributes:
-        model: the same weights on every rank.
+        model: the same logical weights on every rank.
         num_sums: length of `MicroLoss.sums`.
         columns: names that `report` can return; among them `loss`.
     """
@@ -56,8 +56,8 @@ class Task(Protocol):
     def summary(self, report: Mapping[str, float]) -> str:
         """A few words about a report, for the progress bar."""
 
-    def export(self, directory: Path, provenance: Mapping[str, Any]) -> None:
-        """Writes the model for use, atomically."""
+    def export(self, directory: Path, state: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> None:
+        """Writes the model for use, atomically. Called on rank 0 alone, with the whole state dict."""
 
 
 class Batch(Protocol):

@@ -6,13 +6,14 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from janus.checkpoint import CheckpointError, CheckpointStore, capture_rng, read_directory, restore_rng
-from janus.comm.collectives import broadcast_tensors, gather_objects, on_main_rank
+from janus.comm.collectives import gather_objects, on_main_rank
 from janus.mesh import Mesh
 from janus.telemetry import Progress, RunLog
 from janus.training.evaluation import evaluate
@@ -101,7 +102,7 @@ class Trainer:
             NonFiniteError: a loss, of training or validation, is not finite; the checkpoints stay as they are.
         """
         on_main_rank(lambda: self.directory.mkdir(parents=True, exist_ok=True), self.mesh)
-        broadcast_tensors(self.learner.model.state_dict().values(), self.mesh)
+        self.learner.broadcast()
         num_steps, learner = self.config.num_steps, self.learner
         stopped = False
         with stop_on_signals() as flag, self._logs():
@@ -111,6 +112,7 @@ class Trainer:
             pending: list[StepReport] = []
             batches = self.train.batches(learner.step) if learner.step < num_steps else ()
             for batch in batches:
+                self.mesh.watch.step = learner.step + 1
                 rate = learner.learning_rate
                 totals = self.train.totals(batch.indices)
                 report = train_step(self.task, batch, totals, learner=learner, mesh=self.mesh, stop=flag.is_set)
@@ -125,7 +127,7 @@ class Trainer:
                 if last:
                     break
             if on_main_rank(lambda: learner.step == num_steps and not (self.directory / "last").exists(), self.mesh):
-                with learner.ema.applied():
+                with learner.averaged():
                     self._export("last")
             if stopped:
                 self._progress.say(f"stopped after step {learner.step} as asked; the same command continues from there")
@@ -178,10 +180,12 @@ class Trainer:
         """Validation errors of the averaged weights; exports them to `best/` if they are the best so far."""
         if self.valid is None:
             return
-        with self.learner.ema.applied():
-            sums = evaluate(self.task, self.valid, self.mesh, step=self.learner.step)
+        with self.learner.averaged():
+            around = partial(self.learner.weights.run, training=False)
+            sums = evaluate(self.task, self.valid, self.mesh, step=self.learner.step, around=around)
             report = self.task.report(sums, 1)
-            if report["loss"] < self.best_loss:
+            # Tensor ranks compute the same sums, maybe with other last bits.
+            if on_main_rank(lambda: report["loss"] < self.best_loss, self.mesh):
                 self.best_loss, self.best_step = report["loss"], self.learner.step
                 self._export("best")
         if self._log is not None:
@@ -203,7 +207,8 @@ class Trainer:
     def _export(self, name: str) -> None:
         """The model with the weights it has now."""
         provenance = {**self.provenance, "step": self.learner.step}
-        on_main_rank(lambda: self.task.export(self.directory / name, provenance), self.mesh)
+        state = self.learner.state()  # all ranks have a part of it
+        on_main_rank(lambda: self.task.export(self.directory / name, state, provenance), self.mesh)
 
     def _save(self) -> None:
         """A checkpoint from rank 0, with the random states of all ranks; and the averaged weights to `last/`."""
@@ -216,7 +221,7 @@ class Trainer:
         }
         tensors = self.learner.capture()
         on_main_rank(lambda: self.store.save(self.learner.step, tensors, state, best_step=self.best_step), self.mesh)
-        with self.learner.ema.applied():
+        with self.learner.averaged():
             self._export("last")
         self._progress.pause()
 

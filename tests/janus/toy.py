@@ -73,7 +73,7 @@ class ToyTask:
     def summary(self, report: Mapping[str, float]) -> str:
         return f"loss {report['loss']:.6f}"
 
-    def export(self, directory: Path, provenance: Mapping[str, Any]) -> None:
+    def export(self, directory: Path, state: Mapping[str, torch.Tensor], provenance: Mapping[str, Any]) -> None:
         directory.mkdir(exist_ok=True)
         (directory / "config.json").write_text(json.dumps(dict(provenance)))
 

@@ -30,15 +30,15 @@ from tests.parallel.ranks import run_ranks
 STEPS = 3
 
 
-def make_learner(task: ToyTask) -> Learner:
+def make_learner(task: ToyTask, mesh: Mesh) -> Learner:
     schedule = Schedule(lr=1e-2, num_steps=STEPS)
-    return Learner(task.model, AdamWConfig(), schedule, ema_decay=0.9, clip_grad=0.05)
+    return Learner(task.model, AdamWConfig(), schedule, ema_decay=0.9, clip_grad=0.05, mesh=mesh)
 
 
 def train(mesh: Mesh, size: int, pieces: int) -> dict[str, Any]:
     """Three steps; everything that must not depend on the number of ranks, and the traffic of the last step."""
     task = ToyTask()
-    learner = make_learner(task)
+    learner = make_learner(task, mesh)
     reports = []
     for step in range(STEPS):
         mesh.ledger.clear()
@@ -96,7 +96,7 @@ def use_collectives(mesh: Mesh) -> dict[str, Any]:
             parameter.grad = torch.full_like(parameter, 10.0**mesh.rank)
     sum_gradients(parameters, mesh, bucket_bytes=40)
     weights = [torch.full((2, 3), float(mesh.rank)), torch.full((3, 2), float(mesh.rank)).t()]
-    broadcast_tensors(weights, mesh)
+    broadcast_tensors(weights, mesh.replicas)
 
     def fail() -> None:
         assert mesh.is_main
@@ -126,10 +126,10 @@ def test_collectives() -> None:
     for result in results:
         assert result["gradients"] == [[10.0] * 3, [1.0] * 5, [11.0] * 7, [11.0] * 2, None]
         # Buckets of at most 40 bytes: 3 + 5 floats, 7 floats, 2 doubles; then two broadcasts, one of an object.
-        assert result["calls"] == {"replicas/all_reduce": 3, "world/broadcast": 2, "world/broadcast_object": 1}
+        assert result["calls"] == {"replicas/all_reduce": 3, "replicas/broadcast": 2, "world/broadcast_object": 1}
         assert result["bytes"] == {
             "replicas/all_reduce": 32 + 28 + 16,
-            "world/broadcast": 48,
+            "replicas/broadcast": 48,
             "world/broadcast_object": 0,
         }
         assert result["sums"] == pytest.approx([2.0, 1e-17])
@@ -144,7 +144,7 @@ def test_collectives() -> None:
 
 def meet_bad_record(mesh: Mesh) -> tuple[str, bool]:
     task = ToyTask()
-    learner = make_learner(task)
+    learner = make_learner(task, mesh)
     before = {name: value.clone() for name, value in learner.capture().items()}
     batch = toy_step(0, mesh.batch.rank, mesh.batch.size, bad=int(toy_step(0).indices[3]))
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -13,12 +13,13 @@ from safetensors.torch import load_file
 
 from janus.mesh import Mesh
 from janus.training.step import accumulate_gradients
+from matris.config import LossConfig
 from matris.evaluation import evaluate_dataset
 from matris.graph.batch import LabelTotals
 from matris.run import run_training
 from matris.setup import build_setup
 from matris.train_config import ParallelConfig, TrainConfig
-from tests.matris.train.labelled import settings, write_files
+from tests.matris.train.labelled import TINY, settings, write_files
 from tests.parallel.ranks import run_ranks
 
 
@@ -29,12 +30,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def config_of(folder: Path, name: str, parallel: ParallelConfig, **training: Any) -> TrainConfig:
+def config_of(folder: Path, name: str, parallel: ParallelConfig, *, batch_size: int = 6, **others: Any) -> TrainConfig:
     return settings(
         folder,
-        data={"max_atoms": 20, "test": [str(folder / "test.xyz")]},
-        training={"precision": "fp64", "output": str(folder / name), **training},
+        data={"max_atoms": 20, "test": [str(folder / "test.xyz")], "global_batch_size": batch_size},
+        training={"precision": "fp64", "output": str(folder / name)},
         parallel=parallel,
+        **others,
     )
 
 
@@ -61,19 +63,46 @@ def assert_same_run(found: Path, expected: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def alone(folder: Path) -> Path:
-    assert run_training(config_of(folder, "alone", ParallelConfig())) == 0
-    return folder / "alone"
+def alone(folder: Path) -> dict[int, Path]:
+    """Runs of one process, by global batch size."""
+    for batch_size in (6, 3):
+        assert run_training(config_of(folder, f"alone_{batch_size}", ParallelConfig(), batch_size=batch_size)) == 0
+    return {batch_size: folder / f"alone_{batch_size}" for batch_size in (6, 3)}
 
 
 @pytest.mark.parametrize(
-    ("world_size", "graph", "partitioner"), [(2, 2, "morton"), (4, 4, "balanced"), (4, 2, "index")]
+    ("world_size", "shard", "graph", "partitioner", "batch_size"),
+    [
+        (2, 1, 2, "morton", 6),
+        (4, 1, 4, "balanced", 6),
+        (4, 2, 2, "morton", 6),
+        (4, 4, 1, "morton", 3),  # some rank has no structure, and runs along
+    ],
 )
-def test_training_over_the_graph_axis(folder: Path, alone: Path, world_size: int, graph: int, partitioner: str) -> None:
-    name = f"{world_size}_{graph}"
-    config = config_of(folder, name, ParallelConfig(context_parallel_size=graph, graph_partitioner=partitioner))
-    assert run_ranks(world_size, train, config, layout={"graph": graph}) == [0] * world_size
-    assert_same_run(folder / name, alone)
+def test_training_over_the_graph_axis(
+    folder: Path,
+    alone: dict[int, Path],
+    world_size: int,
+    shard: int,
+    graph: int,
+    partitioner: Literal["morton", "index", "balanced"],
+    batch_size: int,
+) -> None:
+    name = f"{world_size}_{shard}_{graph}"
+    parallel = ParallelConfig(fully_sharded_size=shard, context_parallel_size=graph, graph_partitioner=partitioner)
+    config = config_of(folder, name, parallel, batch_size=batch_size)
+    assert run_ranks(world_size, train, config, layout={"graph": graph, "shard": shard}) == [0] * world_size
+    assert_same_run(folder / name, alone[batch_size])
+
+
+def test_fine_tuning_over_the_graph_axis(folder: Path, alone: dict[int, Path]) -> None:
+    base = str(alone[6] / "last")
+    loss = LossConfig(magmoms_weight=0.5)
+    tune = {"init_from": base, "model": TINY, "loss": loss}
+    assert run_training(config_of(folder, "tuned", ParallelConfig(), **tune)) == 0
+    config = config_of(folder, "tuned_2", ParallelConfig(context_parallel_size=2), **tune)
+    assert run_ranks(2, train, config, layout={"graph": 2}) == [0, 0]
+    assert_same_run(folder / "tuned_2", folder / "tuned")
 
 
 def evaluated(mesh: Mesh, config: TrainConfig) -> dict[str, np.ndarray]:

@@ -302,7 +302,7 @@ def _our_side(settings: dict[str, Any], *, predict: bool) -> tuple[Callable[[], 
     )
     config = LossConfig(**{f"{name}_weight": weight for name, weight in WEIGHTS.items()})
     parameters = [value for value in model.parameters() if value.requires_grad]
-    optimizer = build_adamw(model, AdamWConfig(weight_decay=1e-2))
+    optimizer = build_adamw(dict(model.named_parameters()), AdamWConfig(weight_decay=1e-2))
     for group in optimizer.param_groups:
         group["lr"] = 1e-4
 

@@ -73,7 +73,7 @@ def test_one_dimensional_parameters_do_not_decay() -> None:
     model.register_parameter("frozen", frozen)
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     for decay_1d in (False, True):
-        optimizer = build_adamw(model, AdamWConfig(weight_decay=0.5, decay_1d=decay_1d))
+        optimizer = build_adamw(dict(model.named_parameters()), AdamWConfig(weight_decay=0.5, decay_1d=decay_1d))
         for group in optimizer.param_groups:
             group["lr"] = 0.1
         for parameter in model.parameters():
@@ -87,7 +87,7 @@ def test_one_dimensional_parameters_do_not_decay() -> None:
 def test_moving_average() -> None:
     model = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(model.weight)
-    ema = ExponentialMovingAverage(model, 0.5)
+    ema = ExponentialMovingAverage(dict(model.named_parameters()), 0.5)
     nn.init.ones_(model.weight)
     ema.update(1)  # decay 2/11 early on
     assert ema.average["weight"].item() == pytest.approx(9 / 11)
@@ -97,4 +97,4 @@ def test_moving_average() -> None:
         assert model.weight.item() == pytest.approx(10 / 11)
     assert model.weight.item() == 1.0
     with pytest.raises(ValueError, match="EMA decay is 1"):
-        ExponentialMovingAverage(model, 1.0)
+        ExponentialMovingAverage(dict(model.named_parameters()), 1.0)

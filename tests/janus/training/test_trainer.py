@@ -41,7 +41,7 @@ def run(
     schedule = Schedule(lr=1e-2, num_steps=steps, warmup_steps=2)
     trainer = Trainer(
         task=task,
-        learner=Learner(task.model, AdamWConfig(), schedule, ema_decay=0.9, clip_grad=1.0),
+        learner=Learner(task.model, AdamWConfig(), schedule, ema_decay=0.9, clip_grad=1.0, mesh=Mesh()),
         train=toy_training(bad=bad),
         valid=toy_validation(bad=102 if bad_validation else -1),
         config=TrainerConfig(

@@ -1,0 +1,198 @@
+"""A model's weights as its ranks hold them, and the logical tensors, which depend on no layout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from janus.comm.adjoint import all_reduced
+from janus.comm.collectives import broadcast_tensors, start_all_gather, sum_gradients
+from janus.mesh import Mesh
+from janus.optim import gradient_norm
+from janus.sharding.logical import part_of, split_of, whole_of, whole_shape
+from janus.sharding.passes import Passes
+from janus.sharding.unit import Unit, make_units
+
+Policy = Literal["regather", "keep"]
+
+
+class Weights:
+    """The parameters of a model, of which each rank may hold a part.
+
+    Over the tensor axis parameters with Megatron's attributes are split, all others equal. Over the shard axis, if it
+    has several ranks, the parameters of the modules `units` are flat buffers that are cut into equal pieces; they leave
+    the modules, and come back while these compute. Nothing changes on one rank.
+
+    Args:
+        model: on its device, with its final choice of what is trainable.
+        mesh: the ranks.
+        units: modules in order of use, each gathered as a whole. None: the whole model is one.
+        policy: see `janus.sharding.passes`.
+
+    Attributes:
+        pieces: what this rank updates, by name: a trainable parameter, or its slice in this rank's shard, flat and
+            maybe empty. All ranks have the same names.
+        leaves: what a backward pass must add gradients to.
+        ndims: dimensions of each parameter in `pieces`, whole.
+        shapes: of the logical state dict, by name.
+        num_parameters: of the logical model, frozen ones included.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mesh: Mesh,
+        *,
+        units: Sequence[nn.Module] | None = None,
+        policy: Policy = "regather",
+    ) -> None:
+        self.model = model
+        self.mesh = mesh
+        shard, tensor = self.mesh.shard, self.mesh.tensor
+        parameters = dict(model.named_parameters())
+        self._splits = {name: split_of(parameter) for name, parameter in parameters.items()}
+        self.ndims = {name: parameter.ndim for name, parameter in parameters.items() if parameter.requires_grad}
+        self.shapes = {
+            name: whole_shape(value.shape, self._splits.get(name), tensor) for name, value in model.state_dict().items()
+        }
+        self.num_parameters = sum(self.shapes[name].numel() for name in parameters)
+        self._units: list[Unit] = []
+        if shard.size > 1:
+            self._units = make_units(model, [model] if units is None else units, shard)
+        self._passes = Passes(self._units, shard, keep=policy == "keep") if self._units else None
+        own = dict(model.named_parameters())
+        for unit in self._units:
+            own |= unit.pieces
+        self.pieces = {name: own[name] for name in self.ndims}
+        self._unsharded = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.leaves = [*self._unsharded, *(unit.shard for unit in self._units if unit.shard.requires_grad)]
+
+    @property
+    def passes(self) -> Passes | None:
+        """Where gathered weights live; None if nothing is sharded."""
+        return self._passes
+
+    def run(self, *, training: bool) -> AbstractContextManager[None]:
+        """Around forward pass, force pass and second backward pass of a micro-batch, see `Passes.run`. All ranks of the
+        shard axis must run the same number of micro-batches."""
+        return nullcontext() if self._passes is None else self._passes.run(training=training)
+
+    def changed(self) -> None:
+        """Frees gathered weights. To be called whenever the weights were changed."""
+        if self._passes is not None:
+            self._passes.forget()
+
+    # Gradients -------------------------------------------------------------------------------------------------------
+
+    def zero_gradients(self) -> None:
+        """Forgets all gradients."""
+        for parameter in (*self.leaves, *self.pieces.values()):
+            parameter.grad = None
+
+    def sum_gradients(self) -> None:
+        """From the gradients of this rank's micro-batches to those of the global batch, for all pieces.
+
+        Parameters that every rank has are summed over all replicas. Shards have arrived summed over the shard axis, and
+        are summed over the ranks that hold the same piece, unit by unit.
+        """
+        sum_gradients(self._unsharded, self.mesh)
+        for unit in self._units:
+            if not unit.shard.requires_grad:
+                continue
+            if unit.shard.grad is None:  # on all ranks: this loss does not depend on the unit
+                unit.shard.grad = torch.zeros_like(unit.shard)
+            if self.mesh.shard_replicas.size > 1:
+                unit.shard.grad.copy_(all_reduced(unit.shard.grad, self.mesh.shard_replicas))
+            for slot in unit.slots:
+                if slot.trainable:
+                    unit.pieces[slot.name].grad = unit.slice(slot, unit.shard.grad)
+
+    def gradient_norm(self) -> Tensor:
+        """2-norm of the gradient of the global batch, float64, the same on all ranks.
+
+        Every part counts once: pieces are summed over the shard axis, split parameters over the tensor axis.
+        """
+        shard, tensor = self.mesh.shard, self.mesh.tensor
+        if shard.size == 1 and tensor.size == 1:
+            return gradient_norm(self.pieces.values())
+        sharded = {name for unit in self._units for name in unit.pieces}
+        squares = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)  # of all ranks' and of sharded weights
+        for name, piece in self.pieces.items():
+            assert piece.grad is not None
+            # What all ranks have counts a part for each, so that all get the same bits.
+            share = 1.0 if self._splits[name] is not None else 1.0 / tensor.size
+            squares[int(name in sharded)] += share * torch.linalg.vector_norm(piece.grad).double().square()
+        squares = all_reduced(squares, tensor)
+        return all_reduced(squares[0] / shard.size + squares[1], shard).sqrt()
+
+    # Logical tensors -------------------------------------------------------------------------------------------------
+
+    def gather(self, pieces: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Logical tensors of something that belongs to each of `pieces` (values, gradients, averages, moments), on all
+        ranks: the tensors themselves where nothing is split, else copies in the host's memory. All ranks call it."""
+        found = dict(pieces)
+        for unit in self._units:
+            if not unit.pieces:
+                continue
+            flat = torch.zeros_like(unit.shard)
+            for slot in unit.slots:
+                if slot.trainable:
+                    unit.slice(slot, flat).copy_(pieces[slot.name].reshape(-1))
+            found |= {name: value for name, value in self._gather(unit, flat).items() if name in pieces}
+        return {name: self._whole(name, found[name]) for name in pieces}
+
+    def state(self) -> dict[str, Tensor]:
+        """The logical state dict of the model, on all ranks, as `gather` gives it. All ranks call it."""
+        found: dict[str, Tensor] = dict(self.model.state_dict())
+        for unit in self._units:
+            found |= self._gather(unit, unit.shard.detach())
+        return {name: self._whole(name, found[name]) for name in self.shapes}
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Inverse of `state`."""
+        parts = {name: self._part(name, value) for name, value in state.items()}
+        for name, value in self.model.state_dict().items():
+            value.copy_(parts[name])
+        for unit in self._units:
+            unit.fill(unit.shard, parts)
+        self.changed()
+
+    def piece(self, name: str, value: Tensor) -> Tensor:
+        """What this rank holds of a logical tensor that belongs to the parameter `name`; a new tensor."""
+        part = self._part(name, value)
+        for unit in self._units:
+            for slot in unit.slots:
+                if slot.name == name:
+                    part = unit.part(slot, part)
+        return part.to(self.pieces[name].device, copy=True)
+
+    def broadcast(self) -> None:
+        """Gives all ranks that hold the same weights those of the first of them."""
+        state = self.model.state_dict()
+        equal = [value for name, value in state.items() if self._splits.get(name) is None]
+        broadcast_tensors(equal, self.mesh.tensor)
+        broadcast_tensors(state.values(), self.mesh.replicas)
+        for unit in self._units:
+            slices = [unit.slice(slot, unit.shard.detach()) for slot in unit.slots if slot.split is None]
+            broadcast_tensors(slices, self.mesh.tensor)
+            broadcast_tensors([unit.shard], self.mesh.shard_replicas)
+        self.changed()
+
+    def _gather(self, unit: Unit, flat: Tensor) -> dict[str, Tensor]:
+        """The parameters of one tensor rank, in the host's memory: one unit at a time is on the device."""
+        buffer = start_all_gather(flat, self.mesh.shard).wait().cpu()
+        return {slot.name: buffer[slot.start : slot.end].view(slot.shape).clone() for slot in unit.slots}
+
+    def _whole(self, name: str, part: Tensor) -> Tensor:
+        split = self._splits.get(name)
+        if split is None or self.mesh.tensor.size == 1:
+            return part
+        return whole_of(part.to(self.mesh.device), split, self.mesh.tensor).cpu()
+
+    def _part(self, name: str, whole: Tensor) -> Tensor:
+        return part_of(whole, self._splits.get(name), self.mesh.tensor)

@@ -1,0 +1,286 @@
+"""Sharded weights against one process, with a toy energy model: gradients of each term, updates, memory and traffic."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from janus.comm.adjoint import copy
+from janus.mesh import Mesh
+from janus.optim import AdamWConfig, Schedule
+from janus.sharding.passes import Passes
+from janus.training.learner import Learner
+from janus.training.step import StepReport, accumulate_gradients, train_step
+from janus.training.task import MicroLoss
+from matris.blocks.module import FeedForward, MatRISConfig
+from tests.parallel.ranks import run_ranks
+
+STEPS, RECORDS, WIDTH, BLOCKS = 3, 8, 6, 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What must not change the result: policy and pieces; and what defines it: frozen and checkpointing."""
+
+    policy: str = "regather"
+    pieces: int = 1
+    frozen: bool = False
+    checkpointing: bool = False
+
+
+class Block(nn.Module):
+    def __init__(self, config: MatRISConfig) -> None:
+        super().__init__()
+        self.norm = nn.Parameter(torch.linspace(0.5, 1.5, WIDTH))
+        self.inner = FeedForward(config, WIDTH, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(copy(torch.tanh(x) * self.norm, self.inner.config.mesh.tensor))
+
+
+class ToyEnergy(nn.Module):
+    """Energy of each record of points; one trainable parameter lies outside of all units, one is never used."""
+
+    def __init__(self, mesh: Mesh, case: Case) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        config = MatRISConfig(mesh=mesh, params_dtype=torch.float64, use_cpu_initialization=True)
+        config.tensor_model_parallel_size = mesh.tensor.size
+        self.embedding = nn.Linear(3, WIDTH)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(BLOCKS))
+        self.readout = nn.Sequential(nn.Linear(WIDTH, 5), nn.SiLU(), nn.Linear(5, 1))
+        self.scale = nn.Parameter(torch.tensor(0.7))
+        self.readout.register_parameter("unused", nn.Parameter(torch.ones(2, 2)))
+        self.register_buffer("shift", torch.tensor(0.1))
+        self.double()
+        self.checkpointing = case.checkpointing
+        if case.frozen:
+            self.blocks[1].requires_grad_(False)
+            self.readout[0].weight.requires_grad_(False)
+
+    @property
+    def units(self) -> tuple[nn.Module, ...]:
+        return (self.embedding, *self.blocks, self.readout)
+
+    def forward(self, positions: Tensor) -> Tensor:
+        x = self.embedding(positions)
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpointing else block(x)
+        return self.scale * self.readout(x).sum(dim=(1, 2)) + self.shift
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    step: int
+    indices: np.ndarray
+    micro_batches: list[Tensor]
+
+
+class Task:
+    num_sums = 1
+    columns = ("loss",)
+
+    def __init__(self, model: ToyEnergy, energy: float, forces: float, look: Callable[[str], None]) -> None:
+        self.model, self.energy, self.forces, self.look = model, energy, forces, look
+
+    def loss(self, micro_batch: Tensor, totals: float, *, training: bool) -> MicroLoss:
+        positions = micro_batch.clone().requires_grad_()
+        energy = self.model(positions)
+        self.look("forward")
+        (gradient,) = torch.autograd.grad(energy.sum(), positions, create_graph=training)
+        self.look("forces")
+        errors = self.energy * (energy - 1.0).square().sum() + self.forces * (gradient - micro_batch).square().sum()
+        total = errors / totals
+        return MicroLoss(total=total, sums=total.detach()[None], num_edges=0)
+
+    def identifiers(self, micro_batch: Tensor) -> Sequence[str]:
+        return ["record"] * len(micro_batch)
+
+
+def step_of(number: int, mesh: Mesh, pieces: int) -> Step:
+    generator = torch.Generator().manual_seed(number)
+    records = torch.randn(RECORDS, 4, 3, generator=generator, dtype=torch.float64)
+    own = records[mesh.batch.rank :: mesh.batch.size]
+    # Graph ranks would share records; none here, so the axes data and shard have them all.
+    return Step(step=number, indices=np.arange(RECORDS), micro_batches=list(own.chunk(pieces)))
+
+
+def learner_of(model: ToyEnergy, mesh: Mesh, case: Case) -> Learner:
+    return Learner(
+        model,
+        AdamWConfig(weight_decay=0.1),
+        Schedule(lr=1e-2, num_steps=STEPS),
+        ema_decay=0.9,
+        clip_grad=0.3,
+        mesh=mesh,
+        units=model.units,
+        policy=case.policy,  # type: ignore[arg-type]
+    )
+
+
+def measured(mesh: Mesh, case: Case) -> dict[str, Any]:
+    """All that must not depend on the layout, then what the last step did with memory and traffic."""
+    model = ToyEnergy(mesh, case)
+    learner = learner_of(model, mesh, case)
+    passes = learner.weights.passes
+    live: dict[str, list[int]] = {"forward": [], "forces": []}
+    peaks: dict[str, int] = {}
+
+    def look(when: str) -> None:
+        if passes is not None:
+            settle(passes)
+            live[when].append(passes.live_bytes)
+            peaks[when], passes.peak_bytes = passes.peak_bytes, 0
+
+    if passes is not None:
+        start = passes._start
+
+        def start_settled(index: int) -> Any:
+            if not case.checkpointing:  # which holds what it has computed again
+                settle(passes)
+            return start(index)
+
+        passes._start = start_settled  # type: ignore[method-assign]
+    result: dict[str, Any] = {"parameters": learner.weights.num_parameters}
+    for name, energy, forces in (("energy", 1.0, 0.0), ("forces", 0.0, 1.0)):
+        learner.zero_gradients()
+        accumulate_gradients(
+            Task(model, energy, forces, look), step_of(0, mesh, case.pieces).micro_batches, 8.0, learner
+        )
+        learner.sum_gradients()
+        result[f"{name} gradients"] = {key: value.clone() for key, value in learner.gather_gradients().items()}
+    task = Task(model, 0.3, 1.0, look)
+    reports: list[StepReport] = []
+    for number in range(STEPS):
+        mesh.ledger.clear()
+        for seen in live.values():
+            seen.clear()
+        if passes is not None:
+            passes.peak_bytes = 0
+        reports.append(train_step(task, step_of(number, mesh, case.pieces), 8.0, learner=learner, mesh=mesh))
+    result["norms"] = {"norm": torch.tensor([report.grad_norm for report in reports])}
+    result["sums"] = {"sums": torch.tensor(np.array([report.sums for report in reports]))}
+    result["ledger"] = {key: (mesh.ledger.calls[key], mesh.ledger.bytes[key]) for key in mesh.ledger.calls}
+    result["live"] = live
+    if passes is not None:
+        settle(passes)
+        result["left"] = passes.live_bytes
+    peaks["backward"] = 0 if passes is None else passes.peak_bytes
+    result["peaks"] = peaks
+    result["units"] = [] if passes is None else [unit.nbytes for unit in passes.units]
+    result["state"] = {key: value.clone() for key, value in learner.capture().items()}
+    # A checkpoint is restored, by any layout.
+    other = learner_of(ToyEnergy(mesh, case), mesh, case)
+    other.restore(result["state"], STEPS)
+    again = other.capture()
+    assert again.keys() == result["state"].keys()
+    assert all(torch.equal(value, again[key]) for key, value in result["state"].items())
+    with other.averaged(), other.weights.run(training=False):
+        batch = step_of(9, Mesh(), 1).micro_batches[0].requires_grad_()
+        energy = model_energy(other, batch)
+        (forces,) = torch.autograd.grad(energy.sum(), batch)
+    result["evaluation"] = {"energy": energy.detach(), "forces": forces}
+    if other.weights.passes is not None:
+        settle(other.weights.passes)
+        result["live evaluation"] = other.weights.passes.live_bytes
+    result["average"] = {key: value.clone() for key, value in other.gather_average().items()}
+    return result
+
+
+def settle(passes: Passes) -> None:
+    """Waits for the threads of gloo, which hold a finished collective's tensors a moment longer than we do."""
+    held = len(passes._resident) + len(passes._coming)
+    end = time.monotonic() + 5.0
+    while passes.live_bytes and len(passes._storages) > held and time.monotonic() < end:
+        time.sleep(0.001)
+
+
+def model_energy(learner: Learner, batch: Tensor) -> Tensor:
+    model = learner.model
+    assert isinstance(model, ToyEnergy)
+    return model(batch)
+
+
+SAME = ("energy gradients", "forces gradients", "norms", "sums", "state", "average", "evaluation")
+
+
+def assert_same(found: Mapping[str, Any], expected: Mapping[str, Any], what: str) -> None:
+    assert found["parameters"] == expected["parameters"]
+    for part in SAME:
+        assert found[part].keys() == expected[part].keys(), (what, part)
+        largest = max(float(value.abs().max()) for value in expected[part].values())
+        for name, value in expected[part].items():
+            difference = float((found[part][name] - value).abs().max())
+            allowed = 1e-11 * max(float(value.abs().max()), 1e-3 * largest)
+            assert difference <= allowed, (what, part, name, difference, allowed)
+
+
+CASES = (
+    Case(),
+    Case(policy="keep"),
+    Case(pieces=2),
+    Case(policy="keep", pieces=2),
+    Case(frozen=True),
+    Case(policy="keep", frozen=True),
+    Case(checkpointing=True),
+    Case(checkpointing=True, policy="keep", pieces=2),
+)
+
+
+def all_measured(mesh: Mesh) -> list[dict[str, Any]]:
+    return [measured(mesh, case) for case in CASES]
+
+
+@pytest.fixture(scope="module")
+def alone() -> list[dict[str, Any]]:
+    return [measured(Mesh(), replace(case, pieces=1, checkpointing=False)) for case in CASES]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "layout"),
+    [
+        (2, {"shard": 2}),
+        (4, {"shard": 4}),
+        (4, {"shard": 2}),
+        (4, {"shard": 2, "tensor": 2}),
+        (2, {"tensor": 2}),
+    ],
+    ids=["shard 2", "shard 4", "shard 2 x data 2", "shard 2 x tensor 2", "tensor 2"],
+)
+def test_sharded_training_is_that_of_one_process(
+    alone: list[dict[str, Any]], world_size: int, layout: dict[str, int]
+) -> None:
+    for results in run_ranks(world_size, all_measured, layout=layout):
+        for case, found, expected in zip(CASES, results, alone, strict=True):
+            assert_same(found, expected, str(case))
+            if layout.get("shard", 1) > 1:
+                check_memory_and_traffic(found, case, layout["shard"])
+
+
+def check_memory_and_traffic(found: Mapping[str, Any], case: Case, shards: int) -> None:
+    sizes, calls = found["units"], found["ledger"]
+    whole = sum(sizes)
+    trainable = len(sizes) - int(case.frozen)  # one block is frozen as a whole
+    assert calls["shard/reduce_scatter"][0] == trainable * case.pieces
+    if case.policy == "keep":
+        assert calls["shard/all_gather"] == (len(sizes), whole // shards)
+        assert found["peaks"] == {"forward": whole, "forces": 0, "backward": 0} or case.pieces > 1
+    elif not case.checkpointing:
+        assert calls["shard/all_gather"] == (3 * len(sizes) * case.pieces, 3 * case.pieces * whole // shards)
+        assert calls["shard/reduce_scatter"][1] == case.pieces * (whole - (sizes[2] if case.frozen else 0))
+        assert found["live"] == {"forward": [0] * case.pieces, "forces": [0] * case.pieces}
+        pairs = max(first + second for first, second in pairwise(sizes))
+        # With several micro-batches the forward pass of one follows the backward pass of another.
+        assert found["peaks"] == {"forward": pairs if case.pieces == 1 else whole, "forces": pairs, "backward": whole}
+    if case.policy == "regather":
+        assert found["left"] == 0
+        assert found["live evaluation"] == 0
