@@ -91,7 +91,7 @@ def metrics_report(sums: np.ndarray, task_names: Sequence[str]) -> dict[str, obj
 
     def entry(part: np.ndarray) -> dict[str, object]:
         named = {name: value for name, value in metrics(part).items() if not math.isnan(value)}
-        counts = {quantity: int(part[index, 0]) for index, quantity in enumerate(QUANTITIES)}
+        counts = {quantity: round(part[index, 0]) for index, quantity in enumerate(QUANTITIES)}
         return {**named, "num_labels": counts}
 
     return {

@@ -72,7 +72,7 @@ class LabelStatistics:
 
 def label_statistics(dataset: StructureDataset, mesh: Mesh) -> LabelStatistics:
     """Of the whole data set; every rank reads its share once, in bounded memory, and gathers 72 kB from each."""
-    parts = gather_objects(_own_statistics(dataset, range(mesh.batch.rank, len(dataset), mesh.batch.size)), mesh)
+    parts = gather_objects(_own_statistics(dataset, range(mesh.rank, len(dataset), mesh.world_size)), mesh)
     return LabelStatistics(
         factor=_triangle([part.factor for part in parts]),
         num_energies=sum(part.num_energies for part in parts),

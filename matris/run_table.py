@@ -39,7 +39,7 @@ def run_table(config: TrainConfig, setup: Setup, mesh: Mesh) -> str:
             f"{hyper.three_body_cutoff:g} A, {_count(setup.learner.weights.num_parameters)} parameters"
             + (f", from {config.init_from}" if config.init_from else ""),
         ),
-        ("ranks", f"{mesh.world_size} x {mesh.device.type}, data-parallel; precision {training.precision}"),
+        ("ranks", f"{_ranks(config, mesh)}; precision {training.precision}"),
         ("batch", _batch(config, setup, mesh)),
         ("micro-batch", _budget(config)),
         (
@@ -54,6 +54,15 @@ def run_table(config: TrainConfig, setup: Setup, mesh: Mesh) -> str:
     lines = [f"{name:<12} {text}" for name, text in rows]
     energies = setup.model.reference_energies.detach().cpu().numpy()
     return "\n".join([*lines, reference_table(energies, setup.statistics)])
+
+
+def _ranks(config: TrainConfig, mesh: Mesh) -> str:
+    sizes = {axis.name: axis.size for axis in (mesh.data, mesh.shard, mesh.graph, mesh.tensor) if axis.size > 1}
+    text = f"{mesh.world_size} x {mesh.device.type}"
+    if set(sizes) <= {"data"}:
+        return f"{text}, data-parallel"
+    axes = " x ".join(f"{name} {size}" for name, size in sizes.items())
+    return f"{text}: {axes}" + (f" ({config.parallel.sharding_policy})" if mesh.shard.size > 1 else "")
 
 
 def _dataset(dataset: StructureDataset) -> str:

@@ -29,7 +29,8 @@ class DataConfig:
             an update takes as many structures as fit.
         global_max_edges: likewise, directed edges per update.
         global_max_angles: likewise, angles per update.
-        max_atoms: atoms per micro-batch of one rank; a larger share is cut and its gradients accumulated.
+        max_atoms: atoms per micro-batch of one rank, or of the ranks of a graph axis, which divide them; a larger share
+            is cut and its gradients accumulated.
         max_edges: directed edges per micro-batch.
         max_angles: angles per micro-batch.
         num_workers: processes per rank that build graphs ahead; 0 builds them in the training process.

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from traceback import walk_tb
 from types import FrameType
 
 import torch.distributed as dist
@@ -109,7 +110,7 @@ class Watch:
         port = share(host.port if host is not None else 0)
         self._store = host or dist.TCPStore(address, port, is_master=False, timeout=limit)
         self._judge = _Judge(world_size, timeout=timeout, lost_after=self._lost_after, quick=self._quick)
-        self._beat, self._alarm, self._failed, self._left = 0, "", "", False
+        self._beat, self._alarm, self._place, self._failed, self._left = 0, "", "", "", False
         self._progress, self._moved = (0, 0), time.monotonic()
         self._answered = self._moved
         self._verdict: Verdict | None = None
@@ -133,6 +134,7 @@ class Watch:
             The error to raise on the rank that tells the user; None on all others.
         """
         reason = " ".join(str(error).split())
+        self._place = _collective_of(error)
         self._alarm = "timeout" if "imed out" in reason else "broken"
         if self._known.wait(3.0 * self._quick + 4.0 * self._interval) and self._verdict is not None:
             self._taken.set()
@@ -208,7 +210,7 @@ class Watch:
             calls=progress[1],
             idle=time.monotonic() - self._moved,
             waiting=waiting or bool(self._alarm),
-            place=place,
+            place=self._place or place,
             alarm=self._alarm,
             failed=self._failed,
             left=self._left,
@@ -328,6 +330,14 @@ class _Judge:
             return None
         texts = ", ".join(f"rank {rank} {_when(active[rank].step)} at {active[rank].place}" for rank in behind[:8])
         more = f" and {len(behind) - 8} more" if len(behind) > 8 else ""
+        if behind is not busy:
+            other = next(rank for rank in active if rank not in behind)
+            return self._verdict(
+                (),
+                f"no rank came to a common collective for {self._timeout:.0f} s; behind the others {_are(behind)} "
+                f"{texts}{more}, while for example rank {other} is {_when(active[other].step)} at "
+                f"{active[other].place}; all ranks end",
+            )
         return self._verdict(
             behind,
             f"{_ranks(behind)} did not come to a collective that others waited in for {self._timeout:.0f} s: {texts}"
@@ -363,6 +373,10 @@ def _when(step: int) -> str:
     return f"in step {step}" if step else "before the first step"
 
 
+def _are(ranks: Sequence[int]) -> str:
+    return "are" if len(ranks) > 1 else "is"
+
+
 def _ranks(ranks: Sequence[int]) -> str:
     shown = ", ".join(map(str, ranks[:16])) + (", ..." if len(ranks) > 16 else "")
     return f"rank{'s' if len(ranks) > 1 else ''} {shown}"
@@ -376,10 +390,24 @@ def _where() -> tuple[bool, str]:
     main = frames.get(threading.main_thread().ident or 0)
     if main is None:
         return waiting, "an unknown place"
-    return waiting, f"{os.path.basename(main.f_code.co_filename)}:{main.f_lineno} ({main.f_code.co_name})"
+    return waiting, _place(main, main.f_lineno)
+
+
+def _collective_of(error: BaseException) -> str:
+    """Which line of ours the error of a collective came through."""
+    lines = [(frame, line) for frame, line in walk_tb(error.__traceback__) if "/torch/" not in _file_of(frame)]
+    return _place(*lines[-1]) if lines else ""
+
+
+def _file_of(frame: FrameType) -> str:
+    return frame.f_code.co_filename.replace(os.sep, "/")
+
+
+def _place(frame: FrameType, line: int) -> str:
+    return f"{os.path.basename(frame.f_code.co_filename)}:{line} ({frame.f_code.co_name})"
 
 
 def _is_collective(frame: FrameType) -> bool:
     """Whether the innermost function of a thread is one of torch's collectives, or one of ours that calls them."""
-    file = frame.f_code.co_filename.replace(os.sep, "/")
+    file = _file_of(frame)
     return "/torch/distributed/" in file or ("/janus/comm/" in file and not file.endswith("/watch.py"))

@@ -112,8 +112,9 @@ class StepLoader(Generic[Batch]):
             for step in range(self.start_step, self.start_step + self.num_steps):
                 indices, micro_batches = self.plan(step)
                 planned.append((step, indices, len(micro_batches)))
-                # None keeps a step without micro-batches in its place in the stream.
-                yield from micro_batches or [None]
+                yield from micro_batches
+                if not micro_batches:  # keeps the step in its place in the stream
+                    yield None
 
         ready: list[Batch] = []
         for batch in DataLoader(

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from janus.comm.adjoint import all_reduced
 from janus.comm.collectives import gather_objects, reduce_sums
 from janus.mesh import Mesh
 from janus.training.learner import Learner
@@ -61,15 +60,14 @@ def train_step(
     for loss in losses:
         own[:-2] += loss.sums
         own[-2] += loss.num_edges
-    # Tensor ranks have the same sums, but a signal may have reached one of them alone.
-    own[-1:] = all_reduced(torch.full_like(own[-1:], float(stop)), mesh.tensor)
+    own[-1] = float(stop)
     sums = reduce_sums(own, mesh).cpu().numpy()
     grad_norm = learner.clip()
     # Both were reduced over all ranks, so all ranks take the same branch.
     if not (math.isfinite(grad_norm) and np.isfinite(sums).all()):
         raise NonFiniteError(_complaint(task, batch, losses, grad_norm, mesh))
     learner.update()
-    return StepReport(sums=sums[:-2], num_edges=int(sums[-2]), grad_norm=grad_norm, stop=sums[-1] > 0)
+    return StepReport(sums=sums[:-2], num_edges=round(sums[-2]), grad_norm=grad_norm, stop=sums[-1] > 0)
 
 
 def accumulate_gradients(task: Task, micro_batches: Sequence[Any], totals: Any, learner: Learner) -> list[MicroLoss]:

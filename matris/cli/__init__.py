@@ -18,6 +18,7 @@ VERBS = {
     "prepare": ("matris.cli.prepare", "structures and labels from any file into an HDF5 store"),
     "doctor": ("matris.cli.doctor", "look for what is wrong with a data set; suggest batch budgets"),
     "train": ("matris.cli.train", "train or fine-tune a model"),
+    "verify": ("matris.cli.verify", "whether layouts of ranks give the numbers of one process, on this machine"),
     "eval": ("matris.cli.evaluate", "errors of a model on labelled structures"),
     "convert": ("matris.cli.convert", "a released MatRIS checkpoint into our model directory"),
     "relax": ("matris.cli.relax", "relax a structure, with or without its cell"),

@@ -190,7 +190,8 @@ def collate_graphs(graphs: Sequence[Graph]) -> GraphBatch:
         "angle_source": edge_undirected[angle_source_edge],
         "angle_center": edge_target[angle_target_edge],
     }
-    return GraphBatch(**{name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()})
+    tensors: dict[str, Any] = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+    return GraphBatch(**tensors)
 
 
 def collate_labels(labels: Sequence[Labels], num_atoms: Sequence[int]) -> LabelBatch:

@@ -6,9 +6,13 @@ import warnings
 os.environ["OMP_NUM_THREADS"] = "1"
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
+    import ase.build
+    import ase.io
     import torch
     import torch.distributed
     from megatron.core import parallel_state
     from torch import _dynamo
 
-__all__ = ["_dynamo", "parallel_state", "torch"]
+    from matris import setup
+
+__all__ = ["_dynamo", "ase", "parallel_state", "setup", "torch"]

@@ -177,8 +177,10 @@ def test_who_is_behind_where_nobody_seems_to_wait() -> None:
     statuses[0] = Status(beat=2, step=5, calls=37, idle=70.0, place="a.py:1 (f)")
     verdict = watched.decide(statuses, 1.0)
     assert verdict is not None
-    assert verdict.message.startswith("rank 0 did not come to a collective that others waited in for 60 s")
-    assert verdict.speaker == 1
+    assert verdict.message.startswith(
+        "no rank came to a common collective for 60 s; behind the others is rank 0 in step 5"
+    )
+    assert verdict.speaker == 0
 
 
 def test_a_broken_connection_between_living_ranks() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from janus.comm.adjoint import copy
 from janus.mesh import Mesh
 from janus.optim import AdamWConfig, Schedule
+from janus.sharding import Weights
 from janus.sharding.passes import Passes
 from janus.training.learner import Learner
 from janus.training.step import StepReport, accumulate_gradients, train_step
@@ -284,3 +286,52 @@ def check_memory_and_traffic(found: Mapping[str, Any], case: Case, shards: int) 
     if case.policy == "regather":
         assert found["left"] == 0
         assert found["live evaluation"] == 0
+
+
+def third_derivative(mesh: Mesh, inside: bool) -> dict[str, Tensor]:
+    """Derivative of the squared gradient of the force term: three derivatives, the gathers and their adjoints in each.
+
+    The used-apart scalar of each rank is its part of a sum, like a loss.
+    """
+    case = Case()
+    model = ToyEnergy(mesh, case)
+    weights = learner_of(model, mesh, case).weights
+    task = Task(model, 0.1, 1.0, lambda when: None)
+    leaves = weights.leaves if mesh.shard.size == 1 else [leaf for leaf in weights.leaves if leaf is not model.scale]
+    names = [name for name in weights.pieces if name != "scale"]
+    if mesh.shard.size == 1:
+        leaves = [weights.pieces[name] for name in names]
+    with weights.run(training=False) if inside else nullcontext():
+        total = task.loss(step_of(0, mesh, 1).micro_batches[0], 8.0, training=True).total
+        first = torch.autograd.grad(total, leaves, create_graph=True, materialize_grads=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves, materialize_grads=True)
+    if mesh.shard.size == 1:
+        return dict(zip(names, second, strict=True))
+    assert weights.passes is not None
+    found = {"scale": torch.zeros_like(model.scale)}
+    for unit, gradient in zip(weights.passes.units, second, strict=True):
+        found |= {slot.name: unit.slice(slot, gradient) for slot in unit.slots}
+    return {name: value for name, value in weights.gather(found).items() if name != "scale"}
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["inside", "outside"])
+def test_any_order_of_derivative(inside: bool) -> None:
+    """Inside of a run saved weights are gathered again, outside they are kept; both are exact."""
+    expected = third_derivative(Mesh(), inside)
+    for found in run_ranks(2, third_derivative, inside, layout={"shard": 2}):
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-12, msg=name)
+
+
+def twice(mesh: Mesh) -> str:
+    layer = nn.Linear(2, 2)
+    model = nn.Sequential(layer, nn.Linear(2, 2))
+    model[1].weight = layer.weight
+    with pytest.raises(ValueError, match="another name as well") as caught:
+        Weights(model, mesh)
+    return str(caught.value)
+
+
+def test_shared_parameters_are_refused() -> None:
+    assert all("1.weight" in message for message in run_ranks(2, twice, layout={"shard": 2}))

@@ -1,0 +1,78 @@
+"""The data and settings on which layouts are compared, and what all ranks of a launch do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import ase.build
+import ase.io
+import numpy as np
+from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
+
+from janus.mesh import Launch
+from matris.config import LossConfig, ModelConfig
+from matris.layouts import parse_layout
+from matris.train_config import DataConfig, OptimConfig, TrainConfig, TrainingConfig
+from matris.verify import NUM_STEPS, Row, verify
+
+MODEL = ModelConfig(
+    num_layers=2,
+    hidden_size=8,
+    pairwise_cutoff=4.0,
+    three_body_cutoff=3.0,
+    num_radial=3,
+    num_angular=3,
+    readout_hidden_sizes=(8,),
+)
+
+
+def structures() -> dict[str, list[Atoms]]:
+    """`molecules`, and `mixed`: molecules, a cell with fewer atoms than ranks, and one that is longer than cutoffs."""
+    ethanol, water, atom = ase.build.molecule("CH3CH2OH"), ase.build.molecule("H2O"), Atoms("O")
+    salt = ase.build.bulk("NaCl", "rocksalt", a=5.6, cubic=True)
+    crystals = [ase.build.bulk("Cu"), ase.build.bulk("Si", cubic=True), salt.repeat((3, 1, 1))]
+    return {"molecules": [ethanol, water, atom, ase.build.molecule("CH4")], "mixed": [*crystals, atom, water, ethanol]}
+
+
+def write_gate_files(folder: Path) -> None:
+    """Each with labels of noise, some of them missing."""
+    for name, frames in structures().items():
+        rng = np.random.default_rng(len(name))
+        for index, atoms in enumerate(frames):
+            atoms.rattle(0.1, seed=index)
+            results = {"energy": float(rng.normal()), "forces": rng.normal(size=(len(atoms), 3))}
+            if atoms.cell.rank == 3:
+                results["stress"] = 0.1 * rng.normal(size=6)
+            if index == 1:
+                del results["forces"]
+            if index == 2:
+                del results["energy"]
+            atoms.calc = SinglePointCalculator(atoms, **results)
+            if index % 2 == 0:
+                atoms.arrays["REF_magmoms"] = rng.normal(size=len(atoms))
+        ase.io.write(folder / f"{name}.xyz", frames, format="extxyz")
+
+
+def gate_config(folder: Path, data: str, precision: str = "fp64") -> TrainConfig:
+    """Some updates with all structures in each, in micro-batches."""
+    return TrainConfig(
+        data=DataConfig(
+            train=[str(folder / f"{data}.xyz")],
+            valid_fraction=0.0,
+            cache_dir=str(folder / "cache"),
+            global_batch_size=6,
+            max_atoms=30,
+        ),
+        training=TrainingConfig(train_iters=NUM_STEPS, precision=precision, device="cpu", output=str(folder / "run")),
+        optim=OptimConfig(lr=1e-2, lr_decay_style="constant", clip_grad=0.5, ema_decay=0.9, adam_eps=1e-4),
+        loss=LossConfig(magmoms_weight=0.5),
+        model=MODEL,
+    )
+
+
+def run_gate(launch: Launch, folder: Path, names: Sequence[str], runs: Sequence[tuple[str, str]]) -> list[Row]:
+    """Rows of all layouts, for each of `runs` (data and precision)."""
+    layouts = [parse_layout(name) for name in names]
+    return [row for data, precision in runs for row in verify(gate_config(folder, data, precision), layouts, launch)]

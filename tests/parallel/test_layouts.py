@@ -1,0 +1,37 @@
+"""The gate: under every layout of ranks the results, gradients and weights of one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.parallel.gate import run_gate, write_gate_files
+from tests.parallel.ranks import run_ranks
+
+RUNS = {
+    2: (("mixed", "fp64"), ("mixed", "fp32"), ("molecules", "fp64")),
+    4: (("mixed", "fp64"),),
+    8: (("mixed", "fp64"),),
+}
+LAYOUTS = {
+    2: "dp2 fsdp2 fsdp2-keep gp2 tp2",
+    4: "dp4 gp4 tp4 fsdp4 dp2xfsdp2 dp2xfsdp2-keep dp2xgp2 dp2xtp2 fsdp2xgp2 fsdp2-keepxgp2 fsdp2xtp2 fsdp2-keepxtp2 "
+    "gp2xtp2",
+    8: "dp2xfsdp2xgp2 dp2xfsdp2-keepxtp2 dp2xgp2xtp2 fsdp2xgp2xtp2 fsdp2-keepxgp2xtp2",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("gate")
+    write_gate_files(path)
+    return path
+
+
+@pytest.mark.parametrize("world_size", LAYOUTS)
+def test_layouts_change_nothing(folder: Path, world_size: int) -> None:
+    names = LAYOUTS[world_size].split()
+    for rows in run_ranks(world_size, run_gate, folder, names, RUNS[world_size], with_mesh=False, timeout=600.0):
+        assert len(rows) == len(names) * len(RUNS[world_size])
+        assert not [row for row in rows if not row.passed]
