@@ -232,7 +232,7 @@ def open_mesh(
     if not adopted:
         _join(launch, place, timeout_minutes)
     made_state = False
-    watch, failure = Watch(), None
+    watch, failure, lost = Watch(), None, False
     try:
         made_state = _set_parallel_state(layout)
         mesh = _mesh_of_state(layout, launch.local_rank, place, watch)
@@ -241,7 +241,8 @@ def open_mesh(
         yield mesh
     except BaseException as error:
         failure = error
-        if watch.is_running and is_of_a_collective(error):
+        lost = watch.is_running and is_of_a_collective(error)
+        if lost:
             raise watch.explain(error) or ElsewhereError("another rank says why") from None
         if not isinstance(error, ValueError | OSError):
             raise
@@ -254,7 +255,7 @@ def open_mesh(
             from megatron.core import parallel_state
 
             parallel_state.destroy_model_parallel()
-        if not adopted:
+        if not adopted and not (lost and place.type == "cuda"):  # NCCL would wait for the lost rank
             dist.destroy_process_group()
 
 

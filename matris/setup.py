@@ -152,11 +152,20 @@ def hyper_parameters(config: TrainConfig) -> ModelConfig:
     """Those of the settings, or of the base model.
 
     Raises:
-        ValueError: the settings ask for others than the base model has.
+        ValueError: the settings ask for others than the base model has, or the ranks cannot share it.
     """
-    if config.init_from is None:
-        return config.model
-    base = ModelConfig.from_dict(read_config(Path(config.init_from))["model"])
+    hyper = config.model if config.init_from is None else _of_base(config, config.init_from)
+    tensor = config.parallel.tensor_model_parallel_size
+    if hyper.hidden_size % tensor:
+        raise ValueError(
+            f"parallel.tensor_model_parallel_size is {tensor}, which does not divide the model's hidden_size "
+            f"{hyper.hidden_size}: choose a divisor of it"
+        )
+    return hyper
+
+
+def _of_base(config: TrainConfig, base_model: str) -> ModelConfig:
+    base = ModelConfig.from_dict(read_config(Path(base_model))["model"])
     differing = []
     for entry in fields(ModelConfig):
         asked, has = getattr(config.model, entry.name), getattr(base, entry.name)
@@ -164,7 +173,7 @@ def hyper_parameters(config: TrainConfig) -> ModelConfig:
             differing.append(f"model.{entry.name} is {to_plain(asked)}, the base has {to_plain(has)}")
     if differing:
         raise ValueError(
-            f"model settings differ from those of init_from {config.init_from}, whose weights fit no others: "
+            f"model settings differ from those of init_from {base_model}, whose weights fit no others: "
             f"{'; '.join(differing)}. Leave --preset and all --model options out"
         )
     return base

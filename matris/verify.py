@@ -231,7 +231,13 @@ def _gradient(setup: Setup, term: str) -> dict[str, Tensor]:
 
 def only(term: str, loss: LossConfig) -> LossConfig:
     """The loss with one of its terms, at weight 1."""
-    return replace(loss, **{f"{name}_weight": float(name == term) for name in _TERMS})
+    return replace(
+        loss,
+        energy_weight=float(term == "energy"),
+        forces_weight=float(term == "forces"),
+        stress_weight=float(term == "stress"),
+        magmoms_weight=float(term == "magmoms"),
+    )
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -34,8 +34,8 @@ from torch import Tensor
 from janus.mesh import Axis
 
 # Newer releases of torch warn about the older names.
-_all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter_flat = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_flat = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 # Public: the pairs ---------------------------------------------------------------------------------------------------
 
@@ -275,7 +275,7 @@ def _gathered(x: Tensor, axis: Axis, dim: int, sizes: tuple[int, ...]) -> Tensor
         own = torch.cat([own, own.new_zeros((largest - len(own), *own.shape[1:]))])
     whole = own.new_empty((axis.size * largest, *own.shape[1:]))
     _record(axis, "all_gather", own.nbytes, (axis.size - 1) * own.nbytes)
-    _all_gather_flat(whole, own, group=axis.group)
+    all_gather_flat(whole, own, group=axis.group)
     if min(sizes) < largest:
         whole = torch.cat([part[:size] for part, size in zip(whole.split(largest), sizes, strict=True)])
     return whole.movedim(0, dim).contiguous()
@@ -291,7 +291,7 @@ def _reduce_scattered(x: Tensor, axis: Axis, dim: int, sizes: tuple[int, ...]) -
         whole = padded.flatten(0, 1)
     own = whole.new_empty((largest, *whole.shape[1:]))
     _record(axis, "reduce_scatter", whole.nbytes, (axis.size - 1) * whole.nbytes / axis.size)
-    _reduce_scatter_flat(own, whole, group=axis.group)
+    reduce_scatter_flat(own, whole, group=axis.group)
     return own[: sizes[axis.rank]].movedim(0, dim).contiguous()
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from janus.comm.adjoint import all_reduced
+from janus.comm.adjoint import all_gather_flat, all_reduced, reduce_scatter_flat
 from janus.mesh import Axis, ElsewhereError, Mesh
 
 T = TypeVar("T")
@@ -104,7 +104,7 @@ def start_all_gather(piece: Tensor, axis: Axis) -> PendingTensor:
     source = piece.detach()
     result = source.new_empty(axis.size * len(source))
     axis.ledger.record(f"{axis.name}/all_gather", source.nbytes, (axis.size - 1) * source.nbytes)
-    work = dist.all_gather_into_tensor(result, source, group=axis.group, async_op=True)
+    work = all_gather_flat(result, source, group=axis.group, async_op=True)
     return PendingTensor(result=result, work=work, source=source)
 
 
@@ -113,7 +113,7 @@ def start_reduce_scatter(whole: Tensor, axis: Axis) -> PendingTensor:
     source = whole.detach()
     result = source.new_empty(len(source) // axis.size)
     axis.ledger.record(f"{axis.name}/reduce_scatter", source.nbytes, (axis.size - 1) * source.nbytes / axis.size)
-    work = dist.reduce_scatter_tensor(result, source, group=axis.group, async_op=True)
+    work = reduce_scatter_flat(result, source, group=axis.group, async_op=True)
     return PendingTensor(result=result, work=work, source=source)
 
 

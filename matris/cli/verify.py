@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from matris.cli.label_options import HelpFormatter
 from matris.config import LossConfig, ModelConfig
@@ -85,7 +85,7 @@ def main(arguments: list[str]) -> int:
 
     launch = read_launch()
     if launch.launcher == "python":
-        device = "cpu" if options.device == "auto" else options.device
+        device: Literal["auto", "cpu", "cuda"] = "cpu" if options.device == "auto" else options.device
         config = _config(options, device, write_demo=True)
         passed = True
         for number, num_ranks in enumerate(sorted({layout.num_ranks for layout in layouts})):
@@ -108,7 +108,7 @@ def main(arguments: list[str]) -> int:
         return 2  # rank 0 says why
 
 
-def _config(options: argparse.Namespace, device: str, *, write_demo: bool) -> TrainConfig:
+def _config(options: argparse.Namespace, device: Literal["auto", "cpu", "cuda"], *, write_demo: bool) -> TrainConfig:
     """Three updates as the options say, on one rank."""
     from matris.verify import NUM_STEPS
 
@@ -124,7 +124,12 @@ def _config(options: argparse.Namespace, device: str, *, write_demo: bool) -> Tr
         training=TrainingConfig(train_iters=NUM_STEPS, precision=options.precision, device=device),
         # Clips, and moves the weights far enough to see errors; a gradient that cancels to rounding moves nothing.
         optim=OptimConfig(lr=1e-2, lr_decay_style="constant", clip_grad=0.5, ema_decay=0.9, adam_eps=1e-4),
-        loss=LossConfig(**{f"{term}_weight": float(term in options.terms) for term in _TERMS}),
+        loss=LossConfig(
+            energy_weight=float("energy" in options.terms),
+            forces_weight=float("forces" in options.terms),
+            stress_weight=float("stress" in options.terms),
+            magmoms_weight=float("magmoms" in options.terms),
+        ),
         model=ModelConfig() if options.model else hyper,
         init_from=options.model,
     )

@@ -29,18 +29,23 @@ MODEL = ModelConfig(
 
 
 def structures() -> dict[str, list[Atoms]]:
-    """`molecules`, and `mixed`: molecules, a cell with fewer atoms than ranks, and one that is longer than cutoffs."""
-    ethanol, water, atom = ase.build.molecule("CH3CH2OH"), ase.build.molecule("H2O"), Atoms("O")
+    """`molecules`; `mixed`: also a cell with fewer atoms than ranks, and one longer than the cutoffs; `small`."""
+    molecules = [ase.build.molecule(name) for name in ("CH3CH2OH", "H2O", "CH4")]
     salt = ase.build.bulk("NaCl", "rocksalt", a=5.6, cubic=True)
     crystals = [ase.build.bulk("Cu"), ase.build.bulk("Si", cubic=True), salt.repeat((3, 1, 1))]
-    return {"molecules": [ethanol, water, atom, ase.build.molecule("CH4")], "mixed": [*crystals, atom, water, ethanol]}
+    return {
+        "molecules": [*molecules, Atoms("O")],
+        "mixed": [*crystals, Atoms("O"), *molecules[:2]],
+        "small": [ase.build.bulk("Si"), ase.build.bulk("NaCl", "rocksalt", a=5.6), molecules[1]],
+    }
 
 
 def write_gate_files(folder: Path) -> None:
     """Each with labels of noise, some of them missing."""
     for name, frames in structures().items():
         rng = np.random.default_rng(len(name))
-        for index, atoms in enumerate(frames):
+        labelled = [atoms.copy() for atoms in frames]
+        for index, atoms in enumerate(labelled):
             atoms.rattle(0.1, seed=index)
             results = {"energy": float(rng.normal()), "forces": rng.normal(size=(len(atoms), 3))}
             if atoms.cell.rank == 3:
@@ -52,7 +57,7 @@ def write_gate_files(folder: Path) -> None:
             atoms.calc = SinglePointCalculator(atoms, **results)
             if index % 2 == 0:
                 atoms.arrays["REF_magmoms"] = rng.normal(size=len(atoms))
-        ase.io.write(folder / f"{name}.xyz", frames, format="extxyz")
+        ase.io.write(folder / f"{name}.xyz", labelled, format="extxyz")
 
 
 def gate_config(folder: Path, data: str, precision: str = "fp64") -> TrainConfig:

@@ -9,15 +9,18 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from janus.comm.watch import Status, _Judge
+from janus.training.step import StepReport
+from tests.matris.train.labelled import write_files
 from tests.parallel.ranks import _CONTEXT
 
-TIMEOUT = 6.0
+TIMEOUT = 8.0
 """Seconds that a rank may wait for the others in these tests."""
-PATIENCE = 60.0
+PATIENCE = 120.0
 """Seconds until all must have ended, also on a machine that is busy with other things."""
 
 
@@ -38,13 +41,42 @@ def fail() -> None:
     raise RuntimeError("out of something")
 
 
+def begin(rank: int, world_size: int, port: int, folder: Path) -> None:
+    """As if a launcher had started this rank; what it says goes to a file."""
+    sys.stderr = open(folder / f"{rank}.err", "w", buffering=1)  # noqa: SIM115
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
+    os.environ["MASTER_PORT"] = str(port)
+
+
+def train(
+    rank: int, world_size: int, port: int, folder: Path, victim: int, act: Callable[[], None], layout: dict[str, int]
+) -> None:
+    """`janus-matris train`; the victim acts in its third step."""
+    begin(rank, world_size, port, folder)
+    from janus.training import trainer
+    from matris.cli import main
+
+    step = trainer.train_step
+
+    def with_act(*arguments: Any, **options: Any) -> StepReport:
+        (folder / f"{rank}.ready").touch()
+        if rank == victim and arguments[1].step == 2:
+            act()
+        return step(*arguments, **options)
+
+    trainer.train_step = with_act
+    words = f"train --data.train {folder}/train.xyz --data.cache_dir {folder}/cache --training.output {folder}/run "
+    words += "--training.train_iters 6 --training.device cpu --model.num_layers 1 --model.hidden_size 8 "
+    words += f"--parallel.distributed_timeout_minutes {PATIENCE / 60.0} "
+    words += " ".join(f"--parallel.{name} {size}" for name, size in layout.items())
+    sys.exit(main(words.split()))
+
+
 def run(
     rank: int, world_size: int, port: int, folder: Path, victim: int, act: Callable[[], None], layout: dict[str, int]
 ) -> None:
     """A rank: steps of a toy model; the victim acts in its third. Ends as the command line does."""
-    sys.stderr = open(folder / f"{rank}.err", "w", buffering=1)  # noqa: SIM115
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
-    os.environ["MASTER_PORT"] = str(port)
+    begin(rank, world_size, port, folder)
     import torch
 
     from janus.comm.collectives import gather_objects, sum_gradients
@@ -71,14 +103,19 @@ def run(
 
 
 def outcome(
-    folder: Path, world_size: int, victim: int, act: Callable[[], None], layout: dict[str, int] | None = None
+    folder: Path,
+    world_size: int,
+    victim: int,
+    act: Callable[[], None],
+    layout: dict[str, int] | None = None,
+    target: Callable[..., None] = run,
 ) -> tuple[list[int | None], list[str], float]:
     """Exit status of every rank (None for the victim), what each wrote, and the seconds from the third step on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     processes = [
-        _CONTEXT.Process(target=run, args=(rank, world_size, port, folder, victim, act, layout or {}))
+        _CONTEXT.Process(target=target, args=(rank, world_size, port, folder, victim, act, layout or {}))
         for rank in range(world_size)
     ]
     try:
@@ -103,8 +140,7 @@ def outcome(
     return statuses, ["".join(text.splitlines(keepends=True)[rank == 0 :]) for rank, text in enumerate(texts)], seconds
 
 
-@pytest.mark.parametrize("act", [die, halt, loop])
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize(("act", "victim"), [(die, 0), (die, 1), (halt, 0), (halt, 1), (loop, 1)])
 def test_a_lost_rank_ends_all_others(tmp_path: Path, act: Callable[[], None], victim: int) -> None:
     statuses, texts, seconds = outcome(tmp_path, 3, victim, act)
     others = [rank for rank in range(3) if rank != victim]
@@ -133,6 +169,16 @@ def test_a_rank_of_a_layout_with_several_axes(tmp_path: Path) -> None:
     statuses, texts, _ = outcome(tmp_path, 4, 3, die, {"tensor": 2})
     assert all(status not in (None, 0) for status in statuses[:3])
     assert "rank 3 died or stopped in step 3" in texts[0]
+
+
+def test_the_command_line_says_it_in_one_line(tmp_path: Path) -> None:
+    write_files(tmp_path)
+    layout = {"tensor_model_parallel_size": 2}
+    statuses, texts, _ = outcome(tmp_path, 2, 1, die, layout, target=train)
+    assert statuses[0] == 2
+    lines = texts[0].splitlines()
+    assert lines[-1].startswith("janus-matris train: error: rank 1 died or stopped in step 3: no sign of life for")
+    assert "Traceback" not in texts[0]
 
 
 def judge(world_size: int = 4) -> _Judge:

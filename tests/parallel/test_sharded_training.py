@@ -12,8 +12,10 @@ from safetensors.torch import load_file
 
 from janus.checkpoint import read_directory
 from janus.mesh import Mesh
+from janus.training.step import train_step
 from matris.exported import read_config
 from matris.run import run_training
+from matris.setup import build_setup
 from matris.train_config import ParallelConfig, TrainConfig
 from tests.matris.train.labelled import settings, write_files
 from tests.parallel.ranks import run_ranks
@@ -22,12 +24,17 @@ STEPS = 4
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("sharded")
     write_files(path)
-    assert train(Mesh(), config(path, "alone")) == 0
-    assert train(Mesh(), config(path, "tuned_alone", init_from=str(path / "alone" / "last"))) == 0
     return path
+
+
+@pytest.fixture(scope="module")
+def folder(files: Path) -> Path:
+    """With a run of one process."""
+    assert train(Mesh(), config(files, "alone")) == 0
+    return files
 
 
 def config(
@@ -93,7 +100,40 @@ def test_exported_model_and_checkpoint(folder: Path, world_size: int, layout: di
 
 
 def test_fine_tuning_takes_its_parts_of_the_base(folder: Path) -> None:
+    base = str(folder / "alone" / "last")
+    assert train(Mesh(), config(folder, "tuned_alone", init_from=base)) == 0
     layout = {"fully_sharded_size": 2, "tensor_model_parallel_size": 2}
-    run = config(folder, "tuned", parallel=layout, init_from=str(folder / "alone" / "last"))
+    run = config(folder, "tuned", parallel=layout, init_from=base)
     assert run_ranks(4, train, run, layout={"shard": 2, "tensor": 2}) == [0] * 4
     assert_same_model(folder / "tuned" / "last", folder / "tuned_alone" / "last")
+
+
+def traffic(mesh: Mesh, run: TrainConfig) -> dict[str, Any]:
+    """Of the last step, in which the next units are gathered ahead."""
+    setup = build_setup(run, mesh)
+    learner, passes = setup.learner, setup.learner.weights.passes
+    assert passes is not None
+    for batch in setup.train.batches(0):
+        mesh.ledger.clear()
+        train_step(setup.task, batch, setup.train.totals(batch.indices), learner=learner, mesh=mesh)
+    return {
+        "units": [unit.nbytes for unit in passes.units],
+        "pieces": len(batch.micro_batches),
+        "calls": dict(mesh.ledger.calls),
+        "bytes": dict(mesh.ledger.bytes),
+        "wire": dict(mesh.ledger.wire_bytes),
+    }
+
+
+def test_traffic_of_a_step(files: Path) -> None:
+    run = config(files, "traffic", parallel={"fully_sharded_size": 4})
+    for found in run_ranks(4, traffic, run, layout={"shard": 4}):
+        units, pieces = found["units"], found["pieces"]
+        # The forces do not depend on the embedding of the elements, so their pass does not gather it.
+        gathered = 3 * sum(units) - units[0]
+        assert found["calls"]["shard/all_gather"] == pieces * (3 * len(units) - 1)
+        assert found["bytes"]["shard/all_gather"] == pieces * gathered // 4
+        assert found["wire"]["shard/all_gather"] == pieces * gathered * 3 // 4
+        assert found["calls"]["shard/reduce_scatter"] == pieces * len(units)
+        assert found["bytes"]["shard/reduce_scatter"] == pieces * sum(units)
+        assert found["wire"]["shard/reduce_scatter"] == pieces * sum(units) * 3 // 4

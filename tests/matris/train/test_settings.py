@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from janus.mesh import Mesh
 from matris.cli import normalise_option_names
 from matris.cli.train import main as train_main
 from matris.cli.train import parse
 from matris.config import AngularBasis, LossKind, ModelConfig
+from matris.setup import build_setup
 from matris.train_config import TrainConfig, to_plain
 
 LEAST = ["--data.train", "a.xyz", "--training.train_iters", "5"]
@@ -124,6 +126,12 @@ def test_other_ranks_leave_the_message_to_the_first(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(ValueError, match=r"optim.lr"):
         train_main(["--optim.lr", "0"])
+
+
+def test_a_width_that_the_ranks_cannot_share_is_refused_before_data_is_read() -> None:
+    config = parse([*LEAST, "--model.hidden_size", "9", "--parallel.tensor_model_parallel_size", "2"])
+    with pytest.raises(ValueError, match="does not divide the model's hidden_size 9"):
+        build_setup(config, Mesh())
 
 
 def test_frozen() -> None:
