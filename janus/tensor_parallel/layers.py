@@ -135,7 +135,7 @@ class RowParallelLinear(megatron.RowParallelLinear):
         if bias:
             whole = init(torch.empty(out_features))
             if scatter_output:
-                self.bias = nn.Parameter(self.bias.detach()[: out_features // tensor.size].clone())
+                self.bias = nn.Parameter(torch.empty(out_features // tensor.size, dtype=config.params_dtype))
                 set_tensor_model_parallel_attributes(self.bias, True, 0, 1)
                 _fill_bias(self.bias, whole, tensor, 1)
             else:
