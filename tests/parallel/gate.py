@@ -36,7 +36,7 @@ def structures() -> dict[str, list[Atoms]]:
     return {
         "molecules": [*molecules, Atoms("O")],
         "mixed": [*crystals, Atoms("O"), *molecules[:2]],
-        "small": [ase.build.bulk("Si"), ase.build.bulk("NaCl", "rocksalt", a=5.6), molecules[1]],
+        "small": [crystals[1], ase.build.bulk("NaCl", "rocksalt", a=5.6), molecules[1]],
     }
 
 
