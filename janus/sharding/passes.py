@@ -105,6 +105,9 @@ class Passes:
                 yield
             self._plans[training] = self._trace
             self._arrive()
+        except BaseException:
+            self._coming.clear()  # without waiting: other ranks may have failed too
+            raise
         finally:
             self._training, self._leaving = None, None
             if not self.keep:

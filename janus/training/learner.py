@@ -86,10 +86,12 @@ class Learner:
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """The model has the averaged weights inside of the block."""
-        with self.ema.applied():
+        try:
+            with self.ema.applied():
+                self.weights.changed()
+                yield
+        finally:
             self.weights.changed()
-            yield
-        self.weights.changed()
 
     def broadcast(self) -> None:
         """Gives all ranks the weights of the first that holds them. All ranks call it."""
