@@ -32,6 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given or os.environ.get("JANUS_DEBUG", "0") not in ("", "0")
     given = [word for word in given if word != "--debug"]
+    if not debug:
+        # One message for a lost rank: torch's C++ code, which reads this when it is imported, would add a stack.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         status = _run(given)
         sys.stdout.flush()
