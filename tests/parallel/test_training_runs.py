@@ -17,7 +17,7 @@ from matris.train_config import TrainConfig
 from tests.parallel.gate import gate_config, write_gate_files
 from tests.parallel.ranks import run_ranks
 
-LAYOUTS = {2: ("dp2", "gp2", "tp2", "fsdp2"), 4: ("dp2xfsdp2-keep", "fsdp2xgp2", "gp2xtp2")}
+LAYOUTS = {2: ("dp2", "gp2", "tp2", "fsdp2"), 4: ("dp4", "dp2xfsdp2-keep", "fsdp2xgp2", "gp2xtp2")}
 
 
 def run_config(folder: Path, layout: Layout) -> TrainConfig:
