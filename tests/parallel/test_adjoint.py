@@ -137,6 +137,7 @@ def check(mesh: Mesh) -> list[str]:
     return names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_derivatives_to_third_order(world_size: int) -> None:
     results = [check(Mesh())] if world_size == 1 else run_ranks(world_size, check, timeout=240.0)

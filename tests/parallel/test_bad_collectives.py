@@ -74,6 +74,7 @@ def make_mistakes(launch: Launch, folder: Path) -> list[Row]:
     return rows
 
 
+@pytest.mark.slow
 def test_the_gate_sees_every_mistake(tmp_path: Path) -> None:
     write_gate_files(tmp_path)
     for rows in run_ranks(2, make_mistakes, tmp_path, with_mesh=False, timeout=300.0):

@@ -29,6 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", LAYOUTS)
 def test_layouts_change_nothing(folder: Path, world_size: int) -> None:
     names = LAYOUTS[world_size].split()

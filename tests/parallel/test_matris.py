@@ -38,6 +38,7 @@ def measured(mesh: Mesh, config: TrainConfig) -> Measurement:
     return measure(config, mesh)
 
 
+@pytest.mark.slow
 def test_replicas_stay_equal_and_one_may_have_nothing_to_do(folder: Path) -> None:
     """Three structures for four ranks."""
     config = with_data(gate_config(folder, "mixed"), global_batch_size=3)

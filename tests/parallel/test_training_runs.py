@@ -44,6 +44,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", LAYOUTS)
 def test_exported_models_do_not_depend_on_the_layout(alone: Path, world_size: int) -> None:
     names = LAYOUTS[world_size]

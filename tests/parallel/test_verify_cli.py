@@ -60,6 +60,7 @@ def test_exit_status_of_a_failure_and_of_mistakes(tmp_path: Path) -> None:
     assert second[2] == ""
 
 
+@pytest.mark.slow
 def test_as_plain_python(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """It starts its ranks itself, and takes the built-in data."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
