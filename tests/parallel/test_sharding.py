@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -153,14 +154,13 @@ def measured(mesh: Mesh, case: Case) -> dict[str, Any]:
 
         passes._start = start_settled  # type: ignore[method-assign]
     result: dict[str, Any] = {"parameters": learner.weights.num_parameters}
-    for name, energy, forces in (("energy", 1.0, 0.0), ("forces", 0.0, 1.0)):
+    for name, energy_weight, forces_weight in (("energy", 1.0, 0.0), ("forces", 0.0, 1.0)):
         learner.zero_gradients()
-        accumulate_gradients(
-            Task(model, energy, forces, look), step_of(0, mesh, case.pieces).micro_batches, 8.0, learner
-        )
+        alone: Any = Task(model, energy_weight, forces_weight, look)
+        accumulate_gradients(alone, step_of(0, mesh, case.pieces).micro_batches, 8.0, learner)
         learner.sum_gradients()
         result[f"{name} gradients"] = {key: value.clone() for key, value in learner.gather_gradients().items()}
-    task = Task(model, 0.3, 1.0, look)
+    task: Any = Task(model, 0.3, 1.0, look)
     reports: list[StepReport] = []
     for number in range(STEPS):
         mesh.ledger.clear()
@@ -199,11 +199,13 @@ def measured(mesh: Mesh, case: Case) -> dict[str, Any]:
 
 
 def settle(passes: Passes) -> None:
-    """Waits for the threads of gloo, which hold a finished collective's tensors a moment longer than we do."""
+    """Waits for the threads of gloo, which hold a finished collective's tensors a moment longer than we do, and for
+    cycles of Python objects."""
     held = len(passes._resident) + len(passes._coming)
     end = time.monotonic() + 5.0
     while passes.live_bytes and len(passes._storages) > held and time.monotonic() < end:
         time.sleep(0.001)
+        gc.collect()
 
 
 def model_energy(learner: Learner, batch: Tensor) -> Tensor:
@@ -304,7 +306,9 @@ def third_derivative(mesh: Mesh, inside: bool) -> dict[str, Tensor]:
     with weights.run(training=False) if inside else nullcontext():
         total = task.loss(step_of(0, mesh, 1).micro_batches[0], 8.0, training=True).total
         first = torch.autograd.grad(total, leaves, create_graph=True, materialize_grads=True)
-        second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves, materialize_grads=True)
+        second = torch.autograd.grad(
+            torch.stack([g.square().sum() for g in first]).sum(), leaves, materialize_grads=True
+        )
     if mesh.shard.size == 1:
         return dict(zip(names, second, strict=True))
     assert weights.passes is not None
