@@ -70,6 +70,25 @@ class Verdict:
     speaker: int
 
 
+class Clock:
+    """Seconds, but for those that this process was suspended (Ctrl-Z, a scheduler): nobody was silent meanwhile.
+
+    Args:
+        longest: seconds that one reading may add to the one before; threads read it more often than that.
+    """
+
+    def __init__(self, longest: float) -> None:
+        self._longest, self._lock = longest, threading.Lock()
+        self._last, self._total = time.monotonic(), 0.0
+
+    def now(self) -> float:
+        """Reads it."""
+        with self._lock:
+            before, self._last = self._last, time.monotonic()
+            self._total += min(self._last - before, self._longest)
+            return self._total
+
+
 class Watch:
     """Knows this rank's step, and after `start` the state of all ranks.
 
@@ -111,7 +130,8 @@ class Watch:
         self._store = host or dist.TCPStore(address, port, is_master=False, timeout=limit)
         self._judge = _Judge(world_size, timeout=timeout, lost_after=self._lost_after, quick=self._quick)
         self._beat, self._alarm, self._place, self._failed, self._left = 0, "", "", "", False
-        self._progress, self._moved = (0, 0), time.monotonic()
+        self._clock = Clock(longest=5.0 * self._interval)
+        self._progress, self._moved = (0, 0), self._clock.now()
         self._answered = self._moved
         self._verdict: Verdict | None = None
         self._known, self._taken = threading.Event(), threading.Event()
@@ -180,7 +200,7 @@ class Watch:
                 if stopped or self._left:
                     return
                 self._verdict = Verdict(message=f"rank 0 has died; the others end {_when(self.step)}", speaker=1)
-            self._answered = time.monotonic()
+            self._answered = self._clock.now()
             if self._verdict is not None and not stopped:
                 self._end(self._verdict)
                 return
@@ -188,7 +208,7 @@ class Watch:
     def _guard(self) -> None:
         """A store whose host is stopped lets the thread that asks it wait for ever, so this one looks at the clock."""
         while not self._known.is_set() and not self._stopped.wait(self._interval):
-            silence = time.monotonic() - self._answered
+            silence = self._clock.now() - self._answered
             if silence > self._lost_after:
                 self._verdict = Verdict(
                     message=f"rank 0 has stopped: no sign of life for {silence:.0f} s; the others end "
@@ -201,14 +221,14 @@ class Watch:
         """Writes this rank's status."""
         progress = (self.step, sum(self._ledger.calls.values()))
         if progress != self._progress:
-            self._progress, self._moved = progress, time.monotonic()
+            self._progress, self._moved = progress, self._clock.now()
         self._beat += 1
         waiting, place = _where()
         status = Status(
             beat=self._beat,
             step=self.step,
             calls=progress[1],
-            idle=time.monotonic() - self._moved,
+            idle=self._clock.now() - self._moved,
             waiting=waiting or bool(self._alarm),
             place=self._place or place,
             alarm=self._alarm,
@@ -224,7 +244,7 @@ class Watch:
             keys = [key for key in keys if self._store.check([key])]
         texts = self._store.multi_get(keys)
         statuses = {int(key): Status(**json.loads(text)) for key, text in zip(keys, texts, strict=True)}
-        verdict = self._judge.decide(statuses, time.monotonic())
+        verdict = self._judge.decide(statuses, self._clock.now())
         if verdict is not None:
             self._store.set("verdict", json.dumps(asdict(verdict)))
         return verdict

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from janus.comm.watch import Status, _Judge
+from janus.comm.watch import Clock, Status, _Judge
 from janus.training.step import StepReport
 from tests.matris.train.labelled import write_files
 from tests.parallel.ranks import _CONTEXT
@@ -227,6 +227,13 @@ def test_who_is_behind_where_nobody_seems_to_wait() -> None:
         "no rank came to a common collective for 60 s; behind the others is rank 0 in step 5"
     )
     assert verdict.speaker == 0
+
+
+def test_the_clock_stands_still_while_the_process_is_suspended(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter([0.0, 1.0, 3.0, 400.0, 401.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(seconds))
+    clock = Clock(longest=2.5)
+    assert [clock.now() for _ in range(4)] == [1.0, 3.0, 5.5, 6.5]
 
 
 def test_a_broken_connection_between_living_ranks() -> None:
