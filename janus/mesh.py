@@ -263,7 +263,11 @@ def open_mesh(
 def join_ranks(
     device: str = "auto", *, launch: Launch | None = None, timeout_minutes: float = 30.0
 ) -> Iterator[Launch]:
-    """Joins the other ranks without a mesh, so that meshes of several layouts can be opened one after the other."""
+    """Joins the other ranks without a mesh, so that meshes of several layouts can be opened one after the other.
+
+    Raises:
+        ElsewhereError: on other ranks than 0, for an error inside the block that rank 0 has as well.
+    """
     launch = launch or read_launch()
     if launch.world_size == 1 or dist.is_initialized():
         yield launch
@@ -274,6 +278,10 @@ def join_ranks(
     _join(launch, place, timeout_minutes)
     try:
         yield launch
+    except (ValueError, OSError) as error:
+        if _main_rank_failed():
+            raise ElsewhereError("rank 0 failed") from error
+        raise
     finally:
         dist.destroy_process_group()
 

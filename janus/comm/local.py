@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import multiprocessing as torch_multiprocessing
 
-from janus.mesh import Launch, join_ranks
+from janus.mesh import ElsewhereError, Launch, join_ranks
 
 
 def run_local_ranks(world_size: int, device: str, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -48,7 +48,11 @@ def _rank(
     try:
         with join_ranks(device, launch=launch):
             outcome = (True, function(launch, *arguments))
+    except ElsewhereError:
+        return  # rank 0 says why
     except (ValueError, OSError) as error:
+        if rank != 0:
+            raise
         outcome = (False, error)
     if rank == 0:
         results.put(outcome)

@@ -11,7 +11,9 @@ import pytest
 from janus.comm import adjoint
 from janus.mesh import Launch
 from matris.cli import main
-from tests.parallel.gate import write_gate_files
+from matris.exported import save_model
+from matris.model import MatRIS
+from tests.parallel.gate import MODEL, write_gate_files
 from tests.parallel.ranks import run_ranks
 
 
@@ -33,7 +35,8 @@ def small(folder: Path) -> list[str]:
 
 
 def test_under_a_launcher(tmp_path: Path) -> None:
-    arguments = ["--layouts", "dp1,tp2,dp3", *small(tmp_path)]
+    save_model(MatRIS(MODEL, seed=1), tmp_path / "model", provenance={})
+    arguments = ["--layouts", "dp1,tp2,dp3", *small(tmp_path), "--model", str(tmp_path / "model")]
     first, second = run_ranks(2, command, arguments, False, with_mesh=False)
     assert (first[0], second[0]) == (0, 0)
     left_out, head, replicas, tensor = first[1].splitlines()
