@@ -314,6 +314,7 @@ def check(
     assert dict(result.found.wire_bytes) == pytest.approx(dict(result.expected.wire_bytes), rel=1e-12)
 
 
+@pytest.mark.parametrize("rank", [0, 517])
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize(
     "layout",
@@ -328,8 +329,8 @@ def check(
     ],
     ids=lambda layout: "-".join(f"{axis}{size}" for axis, size in layout.items()) or "data",
 )
-def test_a_middle_rank_of_1024(pool: ProcessPoolExecutor, layout: dict[str, int], name: str) -> None:
-    check(pool, 517, 1024, layout, name)
+def test_ranks_of_1024(pool: ProcessPoolExecutor, layout: dict[str, int], name: str, rank: int) -> None:
+    check(pool, rank, 1024, layout, name)
 
 
 @pytest.mark.parametrize("rank", [0, 9733])
