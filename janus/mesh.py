@@ -232,7 +232,7 @@ def open_mesh(
     if not adopted:
         _join(launch, place, timeout_minutes)
     made_state = False
-    watch, failure, lost = Watch(), None, False
+    watch, failure, lost, quiet = Watch(), None, False, False
     try:
         made_state = _set_parallel_state(layout)
         mesh = _mesh_of_state(layout, launch.local_rank, place, watch)
@@ -244,13 +244,17 @@ def open_mesh(
         lost = watch.is_running and is_of_a_collective(error)
         if lost:
             raise watch.explain(error) or ElsewhereError("another rank says why") from None
+        quiet = isinstance(error, ElsewhereError)
         if not isinstance(error, ValueError | OSError):
             raise
-        if not adopted and _main_rank_failed():
+        quiet = not adopted and _main_rank_failed()
+        if quiet:
             raise ElsewhereError("rank 0 failed") from error
         raise
     finally:
         watch.stop(failure)
+        if quiet:
+            watch.outlive_main_rank()
         if made_state:
             from megatron.core import parallel_state
 

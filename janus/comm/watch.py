@@ -99,6 +99,7 @@ class Watch:
     def __init__(self) -> None:
         self.step = 0
         self._thread: threading.Thread | None = None
+        self._started = False
 
     def start(
         self,
@@ -137,6 +138,7 @@ class Watch:
         self._known, self._taken = threading.Event(), threading.Event()
         self._hurry, self._stopped = threading.Event(), threading.Event()
         self._publish()
+        self._started = True
         self._thread = threading.Thread(target=self._run, name="janus-watch", daemon=True)
         self._thread.start()
         if rank:
@@ -184,6 +186,17 @@ class Watch:
         self._hurry.set()
         self._thread.join(self._patience)
         self._thread = None
+
+    def outlive_main_rank(self) -> None:
+        """Waits until rank 0 has ended, a few seconds at most: a launcher ends all ranks when the first one does, and
+        rank 0 has something to say before. After `stop`."""
+        deadline = time.monotonic() + self._patience if self._started else 0.0
+        try:
+            while time.monotonic() < deadline:
+                self._store.check(["verdict"])
+                time.sleep(0.05)
+        except (dist.DistError, RuntimeError):
+            return  # its store is gone
 
     # The thread ------------------------------------------------------------------------------------------------------
 

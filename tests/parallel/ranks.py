@@ -23,7 +23,7 @@ def run_ranks(
     *arguments: Any,
     layout: Mapping[str, int] | None = None,
     with_mesh: bool = True,
-    timeout: float = 120.0,
+    timeout: float = 300.0,
 ) -> list[Any]:
     """Calls `function(mesh, *arguments)` on every rank and returns the results in rank order.
 
