@@ -24,9 +24,10 @@ NUM_STEPS = 3
 TOLERANCES = {"fp64": 1e-10, "fp32": 1e-4}
 """Largest relative error of a layout, by precision."""
 _TERMS = ("energy", "forces", "stress", "magmoms")
-_FLOOR = 1e-2
-"""Where terms cancel, rounding has the size of the terms: errors count relative to at least this part of the largest
-value of all names."""
+FLOOR = 1e-2
+"""Part of the largest value of all names, to which at least an error is relative. Where terms cancel to nothing, as
+they may in anyone's data, what is left is rounding of the size of the terms. The tests, whose data are chosen, use
+less."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,10 +77,13 @@ class Row:
         return all(error <= self.tolerance for error in self.errors.values())
 
 
-def verify(config: TrainConfig, layouts: Sequence[Layout], launch: Launch) -> Iterator[Row]:
+def verify(config: TrainConfig, layouts: Sequence[Layout], launch: Launch, *, floor: float = FLOOR) -> Iterator[Row]:
     """Compares each layout with one process; the ranks must have been joined, and all of them call it.
 
     Rank 0 computes alone first, while the others wait.
+
+    Args:
+        floor: see `largest_error`.
     """
     device = config.training.device
     tolerance = TOLERANCES[config.training.precision]
@@ -90,7 +94,7 @@ def verify(config: TrainConfig, layouts: Sequence[Layout], launch: Launch) -> It
             if reference is None:
                 reference = _on_first_rank(alone, mesh)
             found = measure(replace(config, parallel=layout.applied(config.parallel)), mesh)
-            yield Row(layout=layout, errors=compare(found, reference), tolerance=tolerance)
+            yield Row(layout=layout, errors=compare(found, reference, floor), tolerance=tolerance)
 
 
 def _on_first_rank(config: TrainConfig, mesh: Mesh) -> Measurement:
@@ -129,21 +133,25 @@ def measure(config: TrainConfig, mesh: Mesh) -> Measurement:
     )
 
 
-def compare(found: Measurement, expected: Measurement) -> dict[str, float]:
+def compare(found: Measurement, expected: Measurement, floor: float = FLOOR) -> dict[str, float]:
     """Largest relative error of each quantity; infinite where something is missing or not a number."""
     return {
-        entry.name: largest_error(getattr(found, entry.name), getattr(expected, entry.name))
+        entry.name: largest_error(getattr(found, entry.name), getattr(expected, entry.name), floor)
         for entry in fields(Measurement)
         if getattr(expected, entry.name) or getattr(found, entry.name)
     }
 
 
-def largest_error(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
-    """Largest difference of two tensors of a name, relative to the largest value of the expected one."""
+def largest_error(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], floor: float = FLOOR) -> float:
+    """Largest difference of two tensors of a name, relative to the largest value of the expected one.
+
+    Args:
+        floor: part of the largest value of all names, to which at least an error is relative.
+    """
     if found.keys() != expected.keys():
         return math.inf
     sizes = {name: float(value.nan_to_num().abs().max()) if value.numel() else 0.0 for name, value in expected.items()}
-    floor = _FLOOR * max(sizes.values(), default=0.0)
+    smallest = floor * max(sizes.values(), default=0.0)
     worst = 0.0
     for name, value in expected.items():
         other = found[name]
@@ -151,7 +159,7 @@ def largest_error(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -
             return math.inf
         difference = (other - value).nan_to_num(posinf=math.inf, neginf=-math.inf).abs()
         if difference.numel() and float(difference.max()) > 0.0:
-            worst = max(worst, float(difference.max()) / max(sizes[name], floor, 1e-300))
+            worst = max(worst, float(difference.max()) / max(sizes[name], smallest, 1e-300))
     return worst
 
 

@@ -16,9 +16,9 @@ RUNS = {
 }
 LAYOUTS = {
     2: "dp2 fsdp2 fsdp2-keep gp2 tp2",
-    4: "dp4 gp4 tp4 fsdp4 dp2xfsdp2 dp2xfsdp2-keep dp2xgp2 dp2xtp2 fsdp2xgp2 fsdp2-keepxgp2 fsdp2xtp2 fsdp2-keepxtp2 "
-    "gp2xtp2",
-    8: "dp2xfsdp2xgp2 dp2xfsdp2-keepxtp2 dp2xgp2xtp2 fsdp2xgp2xtp2 fsdp2-keepxgp2xtp2",
+    4: "dp4 gp4 tp4 fsdp4 fsdp4-keep dp2xfsdp2 dp2xfsdp2-keep dp2xgp2 dp2xtp2 fsdp2xgp2 fsdp2-keepxgp2 fsdp2xtp2 "
+    "fsdp2-keepxtp2 gp2xtp2",
+    8: "dp2xfsdp2xgp2 dp2xfsdp2-keepxgp2 dp2xfsdp2xtp2 dp2xfsdp2-keepxtp2 dp2xgp2xtp2 fsdp2xgp2xtp2 fsdp2-keepxgp2xtp2",
 }
 
 

@@ -30,7 +30,7 @@ def test_micro_batches_change_nothing(folder: Path) -> None:
     config = gate_config(folder, "mixed")
     whole = measure(with_data(config, max_atoms=None), Mesh())
     cut = measure(with_data(config, max_atoms=24), Mesh())
-    assert max(compare(cut, whole).values()) < 1e-10
+    assert max(compare(cut, whole, 1e-4).values()) < 1e-10
     assert max(compare(whole, whole).values()) == 0.0
 
 
@@ -45,6 +45,6 @@ def test_replicas_stay_equal_and_one_may_have_nothing_to_do(folder: Path) -> Non
     alone = measure(config, Mesh())
     results = run_ranks(4, measured, config)
     for found in results:
-        assert max(compare(found, alone).values()) < 1e-10
+        assert max(compare(found, alone, 1e-4).values()) < 1e-10
         for name, value in results[0].weights.items():
             assert torch.equal(found.weights[name], value), name
