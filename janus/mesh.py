@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -168,8 +170,11 @@ def first_host(node_list: str) -> str:
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first.group(0) if first else node_list)
 
 
-def pick_device(name: str, local_rank: int) -> torch.device:
+def pick_device(name: str, local_rank: int, *, bound: bool = False) -> torch.device:
     """Device of a rank: `auto` is its own GPU where there is one, else the CPU.
+
+    Args:
+        bound: whether the launcher may show each rank its own GPU alone (Slurm's --gpus-per-task).
 
     Raises:
         ValueError: unknown name, no CUDA, or more ranks than GPUs on this machine.
@@ -180,6 +185,8 @@ def pick_device(name: str, local_rank: int) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ValueError("device is cuda, but torch finds no CUDA GPU here: use device cpu or install torch for CUDA")
+    if bound and torch.cuda.device_count() == 1:
+        return torch.device("cuda", 0)
     if local_rank >= torch.cuda.device_count():
         raise ValueError(
             f"local rank {local_rank} has no GPU of its own: this machine shows {torch.cuda.device_count()}; "
@@ -223,7 +230,7 @@ def open_mesh(
     adopted = dist.is_available() and dist.is_initialized()
     world_size = dist.get_world_size() if adopted else launch.world_size
     layout = _Layout.of(world_size, shard=shard, graph=graph, tensor=tensor, expert=expert, pipeline=pipeline)
-    place = pick_device(device, launch.local_rank)
+    place = pick_device(device, launch.local_rank, bound=launch.launcher == "Slurm")
     if place.type == "cuda":
         torch.cuda.set_device(place)
     if world_size == 1 and not adopted:
@@ -243,6 +250,7 @@ def open_mesh(
         failure = error
         lost = watch.is_running and is_of_a_collective(error)
         if lost:
+            _ignore_termination()
             raise watch.explain(error) or ElsewhereError("another rank says why") from None
         quiet = isinstance(error, ElsewhereError)
         if not isinstance(error, ValueError | OSError):
@@ -276,7 +284,7 @@ def join_ranks(
     if launch.world_size == 1 or dist.is_initialized():
         yield launch
         return
-    place = pick_device(device, launch.local_rank)
+    place = pick_device(device, launch.local_rank, bound=launch.launcher == "Slurm")
     if place.type == "cuda":
         torch.cuda.set_device(place)
     _join(launch, place, timeout_minutes)
@@ -317,20 +325,38 @@ class _Layout:
         return _Layout(data=world_size // inner, shard=shard, graph=graph, tensor=tensor)
 
 
+def _ignore_termination() -> None:
+    """A launcher ends all ranks when it sees that one is lost; this rank ends by itself, and has to say why first."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def _join(launch: Launch, device: torch.device, timeout_minutes: float) -> None:
-    """Rendezvous of all ranks. Blocks until `launch.world_size` processes have come."""
+    """Rendezvous of all ranks. Blocks until `launch.world_size` processes have come.
+
+    Raises:
+        ConnectionError: they have not all come in time.
+    """
     if launch.rank == 0:
         message = f"waiting for {launch.world_size} ranks ({launch.launcher}) at {launch.address}:{launch.port}"
         print(message, file=sys.stderr, flush=True)
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        init_method=f"tcp://{launch.address}:{launch.port}",
-        rank=launch.rank,
-        world_size=launch.world_size,
-        # NCCL ends the process without a name when its time is up, so the watch must come first.
-        timeout=timedelta(minutes=timeout_minutes + (1.0 if device.type == "cuda" else 0.0)),
-        device_id=device if device.type == "cuda" else None,
-    )
+    try:
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            init_method=f"tcp://{launch.address}:{launch.port}",
+            rank=launch.rank,
+            world_size=launch.world_size,
+            # NCCL ends the process without a name when its time is up, so the watch must come first.
+            timeout=timedelta(minutes=timeout_minutes + (1.0 if device.type == "cuda" else 0.0)),
+            device_id=device if device.type == "cuda" else None,
+        )
+    except dist.DistError as error:
+        reason = str(error).partition("\n")[0]
+        raise ConnectionError(
+            f"rank {launch.rank}: the {launch.world_size} ranks ({launch.launcher}) did not meet at "
+            f"{launch.address}:{launch.port} within {timeout_minutes:g} minutes ({reason}): look at the other ranks' "
+            "output, and whether this address can be reached from all machines"
+        ) from error
 
 
 def _share_port(port: int) -> int:

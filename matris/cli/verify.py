@@ -63,12 +63,17 @@ def build_parser() -> argparse.ArgumentParser:
         help="terms of the loss, each with labels in the data",
     )
     parser.add_argument("--batch_size", type=int, default=8, help="structures per update, over all ranks")
-    parser.add_argument("--precision", choices=["fp64", "fp32"], default="fp64", help="allowed are 1e-10 and 1e-4")
+    parser.add_argument(
+        "--precision", choices=["fp64", "fp32"], default="fp64", help="allowed are errors of 1e-10 and 1e-4"
+    )
     parser.add_argument(
         "--device",
         choices=["auto", "cpu", "cuda"],
         default="auto",
         help="where to compute; auto: under a launcher a GPU per rank where there are GPUs, else the CPU",
+    )
+    parser.add_argument(
+        "--timeout_minutes", type=float, default=30.0, help="how long a rank under a launcher waits for the others"
     )
     parser.add_argument("--cache_dir", help="where raw files are prepared to [default: ~/.cache/janus-matris]")
     return parser
@@ -99,11 +104,12 @@ def main(arguments: list[str]) -> int:
         )
     for layout in layouts:
         if launch.rank == 0 and layout.filled(launch.world_size) is None:
-            print(f"left out: {layout.name}, for its {layout.num_ranks} ranks do not divide {launch.world_size}")
+            print(f"not run: {layout.name}, for its {layout.num_ranks} ranks do not divide {launch.world_size}")
     try:
-        with join_ranks(options.device, launch=launch):
+        with join_ranks(options.device, launch=launch, timeout_minutes=options.timeout_minutes):
             config = _config(options, options.device, write_demo=launch.rank == 0)
-            return 0 if _run(launch, config, list(dict.fromkeys(fitting)), True) else 1
+            passed = _run(launch, config, list(dict.fromkeys(fitting)), True)
+            return 0 if passed and len(fitting) == len(layouts) else 1
     except ElsewhereError:
         return 2  # rank 0 says why
 

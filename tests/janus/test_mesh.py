@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 import torch
 
@@ -111,3 +113,17 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pick_device("auto", 1) == torch.device("cuda", 1)
     with pytest.raises(ValueError, match="local rank 2 has no GPU"):
         pick_device("auto", 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert pick_device("auto", 3, bound=True) == torch.device("cuda", 0)
+    with pytest.raises(ValueError, match="local rank 3 has no GPU"):
+        pick_device("auto", 3)
+
+
+def test_ranks_that_do_not_come_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConnectionError, match=r"rank 0: the 2 ranks \(torchrun\) did not meet at 127.0.0.1"):
+        open_mesh("cpu", timeout_minutes=0.02).__enter__()
