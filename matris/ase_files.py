@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from matris.writable import check_writable
+
 if TYPE_CHECKING:
     from ase import Atoms
 
@@ -72,6 +74,7 @@ def output_directory(path: Path, *, overwrite: bool) -> Iterator[Path]:
         raise ValueError(f"{path} is a file: --output is a directory")
     if partial.exists():
         shutil.rmtree(partial)
+    check_writable(path.parent)
     partial.mkdir(parents=True)
     try:
         yield partial

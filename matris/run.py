@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from matris.plots import plot_learning_curves, plot_parity
 from matris.run_table import run_table
 from matris.setup import Setup, build_setup
 from matris.train_config import TrainConfig, to_plain
+from matris.writable import check_writable
 
 STOPPED = 143
 """Exit status of a run that a signal ended after its checkpoint was written (128 + SIGTERM, also for SIGUSR1)."""
@@ -107,8 +107,10 @@ def _train(config: TrainConfig, setup: Setup, mesh: Mesh, output: Path) -> Outco
     trainer.resume()
     if config.init_from is not None and setup.learner.step == 0:
         _verify_base(config, setup, mesh)
-    # Only now: settings that are refused must not replace those of a run that is there.
-    on_main_rank(lambda: _open_output(output, yaml.safe_dump(settings, sort_keys=False)), mesh)
+    # Only now: settings that are refused, or train nothing, must not replace those of a run that is there.
+    finished = setup.learner.step >= setup.num_steps and trainer.restored is not None
+    text = None if finished else yaml.safe_dump(settings, sort_keys=False)
+    on_main_rank(lambda: _open_output(output, text), mesh)
     return trainer.run()
 
 
@@ -212,26 +214,16 @@ def _check_output(output: Path, wandb_project: str | None) -> None:
     check_writable(output)
 
 
-def check_writable(folder: Path) -> None:
-    """Fails now, not at the end, if files cannot be made in a folder; makes nothing that stays.
-
-    Raises:
-        OSError: naming the path.
-    """
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    with tempfile.TemporaryFile(dir=existing):
-        pass
-
-
-def _open_output(output: Path, settings: str) -> None:
-    """Makes the run directory; removes what a kill in the middle of an export left in it."""
+def _open_output(output: Path, settings: str | None) -> None:
+    """Makes the run directory, with the settings if any; removes what a kill in the middle of an export left in it."""
     output.mkdir(parents=True, exist_ok=True)
     for name in ("best", "last"):
         for stale in output.glob(f".{name}.*"):
             if (stale / name).is_dir() and not (output / name).exists():  # moved aside, and nothing in its place yet
                 (stale / name).rename(output / name)
             shutil.rmtree(stale)
-    _write(output / "config.yaml", settings)
+    if settings is not None:
+        _write(output / "config.yaml", settings)
 
 
 def _write(path: Path, text: str) -> None:

@@ -27,8 +27,16 @@ LEVELS = {
         ("janus.training",),
     ),
     "matris": (
-        ("matris", "matris.units", "matris.elements", "matris.config", "matris.simulation_config", "matris.ase_files"),
-        ("matris.train_config", "matris.presets", "matris.precision", "matris.graph", "matris.basis", "matris.plots"),
+        ("matris", "matris.units", "matris.elements", "matris.config", "matris.simulation_config", "matris.writable"),
+        (
+            "matris.ase_files",
+            "matris.train_config",
+            "matris.presets",
+            "matris.precision",
+            "matris.graph",
+            "matris.basis",
+            "matris.plots",
+        ),
         ("matris.data", "matris.blocks", "matris.layouts"),
         ("matris.reference_fit", "matris.readout"),
         ("matris.model",),

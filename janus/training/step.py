@@ -103,6 +103,6 @@ def _complaint(task: Task, batch: Batch, losses: Sequence[MicroLoss], grad_norm:
     suspects = list(dict.fromkeys(name for bad, names in everywhere if bad or not bad_loss for name in names))
     what = "the loss" if bad_loss else f"the gradient (norm {grad_norm})"
     return (
-        f"{what} of step {batch.step} is not finite; nothing was updated or saved. Structures of the batch: "
+        f"{what} of step {batch.step + 1} is not finite; nothing was updated or saved. Structures of the batch: "
         f"{', '.join(suspects)}. Check their labels and geometry, or lower the learning rate"
     )

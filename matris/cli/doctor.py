@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
 from pathlib import Path
 
 from matris.cli.label_options import HelpFormatter, add_label_options, label_keys, num_available_cores, worker_count
+from matris.writable import check_writable
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -38,11 +38,11 @@ def main(argv: list[str]) -> int:
     """Run the verb. Raises ValueError or OSError for a user's mistake; returns 1 on a fatal finding."""
     options = build_parser().parse_args(argv)
     if options.json:
-        _check_writable(Path(options.json).parent)
+        check_writable(Path(options.json).parent)
         if Path(options.json).is_dir():
             raise ValueError(f"--json {options.json}: is a folder; give the name of a file")
     if options.output:
-        _check_writable(Path(options.output))
+        check_writable(Path(options.output))
 
     from matris.data.doctor import examine
     from matris.data.doctor_report import draw, to_json, to_text
@@ -70,13 +70,3 @@ def main(argv: list[str]) -> int:
         for picture in draw(diagnosis, options.output):
             print(f"wrote {picture}")
     return int(diagnosis.fatal)
-
-
-def _check_writable(folder: Path) -> None:
-    """Fail now rather than after the examination if files cannot be made in a folder. Makes nothing that stays."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise ValueError(f"{folder}: files cannot be written there ({existing}: {error.strerror})") from error

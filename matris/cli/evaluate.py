@@ -65,7 +65,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from matris.metrics import metrics_line
     from matris.plots import plot_parity
     from matris.precision import set_precision
-    from matris.run import check_writable
+    from matris.writable import check_writable
 
     plot = options.plot or options.output.with_suffix(".png")
     for name, path in (("output", options.output), ("plot", plot)):

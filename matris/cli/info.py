@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> int:
         usage=f"{PROG} [--json] (--model DIR | [--preset NAME] [--model.FIELD VALUE ...])",
         description="Parameters, hyper-parameters, elements and provenance of a saved model, or of one to be made.",
         epilog="hyper-parameters and their defaults, Angstrom (`janus-matris train --help` explains them):\n"
-        + "\n".join(f"  --model.{field.name} {_plain(field.default)}" for field in fields(ModelConfig)),
+        + "\n".join(f"  --model.{field.name} {_option(field.default)}" for field in fields(ModelConfig)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -90,6 +90,11 @@ def _table(facts: dict[str, Any]) -> str:
         else:
             lines.append(f"{name:<26} {_plain(value)}")
     return "\n".join(lines)
+
+
+def _option(value: Any) -> str:
+    """A default as it can be given on the command line."""
+    return json.dumps(value, separators=(",", ":")) if isinstance(value, tuple) else _plain(value)
 
 
 def _plain(value: Any) -> str:

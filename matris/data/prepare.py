@@ -28,6 +28,7 @@ from matris.data.frames import FrameBlock, expand_path, iter_blocks, read_block,
 from matris.data.labels import SEARCH_ORDER, LabelKeys
 from matris.data.records import FIELDS, LABEL_NAMES, to_record
 from matris.graph.build import count_graph
+from matris.writable import check_writable
 
 logger = logging.getLogger(__name__)
 
@@ -145,6 +146,7 @@ def prepare(
             pass
     refuse_idle_keys(paths, options.keys)
     fingerprint = _fingerprint(files, options, strict)
+    check_writable(output.parent)
     output.parent.mkdir(parents=True, exist_ok=True)
     if not output.exists():
         with _exclusive(output.with_name(output.name + ".parts"), wait) as parts:

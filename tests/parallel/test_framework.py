@@ -162,7 +162,7 @@ def test_non_finite_loss_stops_all_ranks_and_names_the_records() -> None:
         assert f"record-{indices[3]}" in message
         # Only the micro-batch with the bad record is named: rank 1 has records 1, 3, 5 in pieces of 2 and 1.
         assert f"record-{indices[0]}," not in message
-        assert "step 0" in message
+        assert "step 1" in message
 
 
 def adopt_parallel_state(mesh: Mesh) -> dict[str, Any]:
