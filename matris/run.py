@@ -18,6 +18,7 @@ import janus
 from janus.comm.collectives import on_main_rank, reduce_max
 from janus.mesh import Mesh, open_mesh
 from janus.telemetry import require_wandb
+from janus.training.memory import keep_freed_memory
 from janus.training.trainer import Outcome, Trainer, TrainerConfig
 from matris.config import Precision
 from matris.evaluation import evaluate_dataset, evaluation_source
@@ -50,6 +51,7 @@ def run_training(config: TrainConfig) -> int:
     """
     parallel = config.parallel
     parallel.refuse_idle()
+    keep_freed_memory()
     with open_mesh(
         config.training.device,
         shard=parallel.fully_sharded_size,

@@ -173,19 +173,20 @@ class _Norm:
         g_weight, g_bias = ((grad * self.normalised()).sum(0), grad.sum(0)) if affine else (grad, grad)
         return self.jacobian(grad * self.weight), g_weight, g_bias
 
-    def jacobian_derivative(self, g: Tensor, v: Tensor) -> Tensor:
-        """Gradient of <v, J g> for z, with C v = v - m(v) (RMS norm: C v = v).
+    def second_backward(self, g: Tensor, v: Tensor, jacobian_v: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of <v, J (w g)> + <k, out> for z, weight and bias; `k` is overwritten.
 
-        It is -r^2 C(x (m(C v C g) - 3 m(x g) m(x v)) + m(x v) g + m(x g) v).
+        The first term's gradient for z is -r (m(w g J v) x + m(x w g) J v + m(x v) J (w g)).
         """
-        x = self.normalised()
-        xg, xv, vg = _mean(x * g), _mean(x * v), _mean(v * g)
-        if self.mean is not None:
-            vg = vg - _mean(v) * _mean(g)
-        total = x.mul_(vg - 3 * xg * xv).addcmul_(g, xv).addcmul_(v, xg)
-        if self.mean is not None:
-            total.sub_(_mean(total))
-        return total.mul_(-self.inverse.square())
+        x, inverse, mean_weight = self.normalised(), self.inverse, (self.weight / self.weight.shape[0])[:, None]
+        product = g * jacobian_v
+        from_x = product @ mean_weight
+        from_jacobian_v = (x * g) @ mean_weight
+        from_g = _mean(x * v)
+        g_weight, g_bias = product.addcmul_(k, x).sum(0), k.sum(0)
+        g_z = self.backward(k.addcmul_(g, inverse * from_g, value=-1), affine=False)[0]
+        g_z = g_z.addcmul_(x, inverse * from_x, value=-1).addcmul_(jacobian_v, inverse * from_jacobian_v, value=-1)
+        return g_z, g_weight, g_bias
 
     def _fused_backward(self, grad: Tensor, weight: Tensor | None, *, affine: bool) -> tuple[Tensor, Tensor, Tensor]:
         bias = None if weight is None else self.bias
@@ -236,14 +237,6 @@ def _second_derivative(core, gate, weight, bias, grad, v_core, v_gate, *, eps, c
     k_gate = torch.addcmul(turned, turned, s_gate, value=-2)
     k_gate += _aten.sigmoid_backward(core_slope.mul_(grad), s_gate)
 
-    from_core, core_weight, core_bias = core_norm.backward(k_core, affine=True)
-    from_gate, gate_weight, gate_bias = gate_norm.backward(k_gate, affine=True)
-    core_weight = core_weight + u_core.mul_(g_core).sum(0)
-    gate_weight = gate_weight + u_gate.mul_(g_gate).sum(0)
-    return (
-        core_norm.jacobian_derivative(g_core.mul_(core_norm.weight), v_core).add_(from_core),
-        gate_norm.jacobian_derivative(g_gate.mul_(gate_norm.weight), v_gate).add_(from_gate),
-        g_grad,
-        torch.stack([core_weight, gate_weight]),
-        torch.stack([core_bias, gate_bias]),
-    )
+    from_core, core_weight, core_bias = core_norm.second_backward(g_core, v_core, u_core, k_core)
+    from_gate, gate_weight, gate_bias = gate_norm.second_backward(g_gate, v_gate, u_gate, k_gate)
+    return from_core, from_gate, g_grad, torch.stack([core_weight, gate_weight]), torch.stack([core_bias, gate_bias])

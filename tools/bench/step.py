@@ -263,6 +263,7 @@ def _our_side(settings: dict[str, Any], *, predict: bool) -> tuple[Callable[[], 
     import torch
 
     from janus.optim.adamw import AdamWConfig, build_adamw
+    from janus.training.memory import keep_freed_memory
     from matris.config import LossConfig
     from matris.exported import load_model, num_parameters
     from matris.graph.batch import LabelTotals, collate_graphs, collate_labels
@@ -272,6 +273,7 @@ def _our_side(settings: dict[str, Any], *, predict: bool) -> tuple[Callable[[], 
     from matris.model import MatRIS
     from matris.reference import convert_reference
 
+    keep_freed_memory()
     directory = Path(settings["directory"])
     if not (directory / "model").exists():
         convert_reference(directory / "reference.pth.tar", directory / "model")

@@ -131,7 +131,9 @@ def test_signals_save_and_stop(uninterrupted: Path, tmp_path: Path, number: sign
 
     process = multiprocessing.get_context("fork").Process(target=train)
     process.start()
+    deadline = time.monotonic() + 30
     while not (tmp_path / "log.csv").is_file() or len(read_csv(tmp_path / "log.csv")) < 4:
+        assert time.monotonic() < deadline
         time.sleep(0.002)
     assert process.pid is not None
     os.kill(process.pid, number)
