@@ -17,6 +17,7 @@ from torch import Tensor
 import janus
 from janus.comm.collectives import on_main_rank, reduce_max
 from janus.mesh import Mesh, open_mesh
+from janus.ops.fused import compile_kernels
 from janus.telemetry import require_wandb
 from janus.training.memory import keep_freed_memory
 from janus.training.trainer import Outcome, Trainer, TrainerConfig
@@ -61,6 +62,7 @@ def run_training(config: TrainConfig) -> int:
         pipeline=parallel.pipeline_model_parallel_size,
         timeout_minutes=parallel.distributed_timeout_minutes,
     ) as mesh:
+        compile_kernels(config.training.compile_kernels, mesh.device)
         output = Path(config.training.output)
         if not config.dry_run:
             on_main_rank(lambda: _check_output(output, config.training.wandb_project), mesh)

@@ -29,6 +29,7 @@ def run_table(config: TrainConfig, setup: Setup, mesh: Mesh) -> str:
     ]
     if missing:
         rows.append(("no labels", f"{', '.join(missing)}: the weight in the loss has nothing to act on"))
+    compiled = ", compiled kernels" if training.compile_kernels else ""
     ignored = [name for name in ("charge", "spin") if _differs(setup, name)]
     if ignored:
         rows.append(("not used", f"{' and '.join(ignored)} of the structures differ, and this model does not see them"))
@@ -39,7 +40,7 @@ def run_table(config: TrainConfig, setup: Setup, mesh: Mesh) -> str:
             f"{hyper.three_body_cutoff:g} A, {_count(setup.learner.weights.num_parameters)} parameters"
             + (f", from {config.init_from}" if config.init_from else ""),
         ),
-        ("ranks", f"{_ranks(config, mesh)}; precision {training.precision}"),
+        ("ranks", f"{_ranks(config, mesh)}; precision {training.precision}{compiled}"),
         ("batch", _batch(config, setup, mesh)),
         ("micro-batch", _budget(config)),
         (

@@ -181,6 +181,8 @@ class TrainingConfig:
         keep_last: checkpoints kept, beside the one of the best evaluation.
         precision: `fp32`; `tf32` (CUDA only) and `bf16-mixed` form matrix products in that format, geometry, reductions
             and loss stay in at least fp32; `fp64`.
+        compile_kernels: compile chains of element-wise operations with torch.compile, which takes up to a minute at the
+            start of a run and saves about a tenth of a step; needs a C++ compiler (CPU) or Triton (CUDA).
         seed: of the initial weights, the shuffling and the validation split.
         device: `auto` (a GPU per rank where there are GPUs), `cpu` or `cuda`.
         resume: `auto` continues from the newest valid checkpoint in `output`, `never` refuses an `output` with
@@ -196,6 +198,7 @@ class TrainingConfig:
     log_interval: int = 10
     keep_last: int = 2
     precision: Literal["fp32", "tf32", "bf16-mixed", "fp64"] = "fp32"
+    compile_kernels: bool = False
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     resume: str = "auto"

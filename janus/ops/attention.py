@@ -10,11 +10,13 @@ no running maximum is needed, and an edge enters both sums with weight zero and 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from janus.ops.fused import fusable
 from janus.ops.recorded import recorded_gradients
 from janus.ops.rowwise import map_rows
 
@@ -58,12 +60,7 @@ class _Terms(torch.autograd.Function):
         ctx.save_for_backward(logits, message, envelope)
         ctx.cap = cap
 
-        def terms(logits: Tensor, message: Tensor, u: Tensor | None = None) -> tuple[Tensor, Tensor]:
-            exp, _ = _exponential(logits, cap)
-            weight = exp if u is None else exp.mul_(u)
-            return weight, weight * message
-
-        return map_rows(terms, _present(logits, message, envelope))
+        return map_rows(partial(_value, cap=cap), _present(logits, message, envelope))
 
     @staticmethod
     def backward(ctx: Any, g_weight: Tensor, g_value: Tensor):
@@ -80,18 +77,7 @@ class _TermsGrad(torch.autograd.Function):
         ctx.save_for_backward(logits, message, envelope, g_weight, g_value)
         ctx.cap = cap
 
-        def first(logits, message, g_weight, g_value, u=None) -> tuple[Tensor, ...]:
-            exp, tanh = _exponential(logits, cap)
-            g_logits = torch.addcmul(g_weight, message, g_value).mul_(exp)
-            g_envelope = () if u is None else (g_logits.sum(dim=1, keepdim=True),)
-            if u is not None:
-                exp.mul_(u)
-                g_logits.mul_(u)
-            if tanh is not None:
-                g_logits.mul_(tanh.square_().neg_().add_(1))
-            return g_logits, exp.mul_(g_value), *g_envelope
-
-        return map_rows(first, _present(logits, message, g_weight, g_value, envelope))
+        return map_rows(partial(_first_derivative, cap=cap), _present(logits, message, g_weight, g_value, envelope))
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor):
@@ -112,33 +98,56 @@ class _TermsGrad(torch.autograd.Function):
 
             return *recorded_gradients(plain, (logits, message, envelope, g_weight, g_value), cotangents), None
 
-        def second(logits, message, g_weight, g_value, v_s, v_m, u=None, v_u=None) -> tuple[Tensor, ...]:
-            exp, tanh = _exponential(logits, ctx.cap)
-            h = torch.addcmul(g_weight, message, g_value)
-            slope = None if tanh is None else (1 - tanh.square())
-            vs_slope = v_s if slope is None else v_s * slope
-            p = vs_slope if u is None else torch.addcmul(v_u, vs_slope, u)
-            ep = exp * p
-            vm_g = v_m * g_value
-            g_envelope: tuple[Tensor, ...] = ()
-            if u is not None:
-                g_envelope = ((vs_slope * h).add_(vm_g).mul_(exp).sum(dim=1, keepdim=True),)
-                vm_g.mul_(u)
-                v_m = v_m * u
-            if tanh is None:
-                g_logits = vm_g.addcmul_(p, h).mul_(exp)
-            else:
-                # p depends on s as well: c'' = -2 / cap tanh c'.
-                bent = tanh.mul_(v_s) if u is None else tanh.mul_(v_s).mul_(u)
-                turn = torch.add(p, bent, alpha=-2 / ctx.cap)
-                g_logits = vm_g.addcmul_(turn, h).mul_(exp).mul_(slope)
-            g_g_value = exp.mul_(v_m).addcmul_(ep, message)
-            return g_logits, ep * g_value, ep, g_g_value, *g_envelope
-
         v_s, v_m, *v_u = cotangents
+        second = partial(_second_derivative, cap=ctx.cap)
         rows = _present(logits, message, g_weight, g_value, v_s, v_m, envelope, *v_u)
         g_logits, g_message, g_g_weight, g_g_value, *g_envelope = map_rows(second, rows)
         return g_logits, g_message, (g_envelope or [None])[0], g_g_weight, g_g_value, None
+
+
+@fusable
+def _value(logits, message, u=None, *, cap) -> tuple[Tensor, ...]:
+    exp, _ = _exponential(logits, cap)
+    weight = exp if u is None else exp.mul_(u)
+    return weight, weight * message
+
+
+@fusable
+def _first_derivative(logits, message, g_weight, g_value, u=None, *, cap) -> tuple[Tensor, ...]:
+    exp, tanh = _exponential(logits, cap)
+    g_logits = torch.addcmul(g_weight, message, g_value).mul_(exp)
+    g_envelope = () if u is None else (g_logits.sum(dim=1, keepdim=True),)
+    if u is not None:
+        exp.mul_(u)
+        g_logits.mul_(u)
+    if tanh is not None:
+        g_logits.mul_(tanh.square_().neg_().add_(1))
+    return g_logits, exp.mul_(g_value), *g_envelope
+
+
+@fusable
+def _second_derivative(logits, message, g_weight, g_value, v_s, v_m, u=None, v_u=None, *, cap) -> tuple[Tensor, ...]:
+    exp, tanh = _exponential(logits, cap)
+    h = torch.addcmul(g_weight, message, g_value)
+    slope = None if tanh is None else (1 - tanh.square())
+    vs_slope = v_s if slope is None else v_s * slope
+    p = vs_slope if u is None else torch.addcmul(v_u, vs_slope, u)
+    ep = exp * p
+    vm_g = v_m * g_value
+    g_envelope: tuple[Tensor, ...] = ()
+    if u is not None:
+        g_envelope = ((vs_slope * h).add_(vm_g).mul_(exp).sum(dim=1, keepdim=True),)
+        vm_g.mul_(u)
+        v_m = v_m * u
+    if tanh is None:
+        g_logits = vm_g.addcmul_(p, h).mul_(exp)
+    else:
+        # p depends on s as well: c'' = -2 / cap tanh c'.
+        bent = tanh.mul_(v_s) if u is None else tanh.mul_(v_s).mul_(u)
+        turn = torch.add(p, bent, alpha=-2 / cap)
+        g_logits = vm_g.addcmul_(turn, h).mul_(exp).mul_(slope)
+    g_g_value = exp.mul_(v_m).addcmul_(ep, message)
+    return g_logits, ep * g_value, ep, g_g_value, *g_envelope
 
 
 def _present(*tensors: Tensor | None) -> tuple[Tensor, ...]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from janus.ops.demand import wants_gradient
+from janus.ops.fused import fusable
 from janus.ops.recorded import recorded_gradients
 from janus.ops.rowwise import map_rows
 
@@ -61,12 +62,10 @@ class _GatedNorm(torch.autograd.Function):
         ctx.save_for_backward(core, gate, weight, bias)
         ctx.norm = {"eps": eps, "center": center}
 
-        def output(core: Tensor, gate: Tensor) -> tuple[Tensor]:
-            core_norm = _Norm.of(core, weight, bias, 0, **ctx.norm)
-            gate_norm = _Norm.of(gate, weight, bias, 1, **ctx.norm)
-            return (functional.silu(core_norm.out, inplace=True).mul_(gate_norm.out.sigmoid_()),)
+        def value(core: Tensor, gate: Tensor) -> tuple[Tensor, ...]:
+            return _value(core, gate, weight, bias, **ctx.norm)
 
-        return map_rows(output, (core, gate))[0]
+        return map_rows(value, (core, gate))[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):
@@ -195,6 +194,14 @@ class _Norm:
         )
 
 
+@fusable
+def _value(core, gate, weight, bias, *, eps, center) -> tuple[Tensor, ...]:
+    core_norm = _Norm.of(core, weight, bias, 0, eps=eps, center=center)
+    gate_norm = _Norm.of(gate, weight, bias, 1, eps=eps, center=center)
+    return (functional.silu(core_norm.out, inplace=True).mul_(gate_norm.out.sigmoid_()),)
+
+
+@fusable
 def _first_derivative(core, gate, weight, bias, grad, *, eps, center, affine: bool) -> tuple[Tensor, ...]:
     """Gradients of core and gate, and of weight and bias (2, d) if asked for."""
     core_norm = _Norm.of(core, weight, bias, 0, eps=eps, center=center)
@@ -209,6 +216,7 @@ def _first_derivative(core, gate, weight, bias, grad, *, eps, center, affine: bo
     return from_core, from_gate, torch.stack([core_weight, gate_weight]), torch.stack([core_bias, gate_bias])
 
 
+@fusable
 def _second_derivative(core, gate, weight, bias, grad, v_core, v_gate, *, eps, center) -> tuple[Tensor, ...]:
     """Gradients of <v_core, dcore> + <v_gate, dgate> for core, gate, grad, weight and bias.
 

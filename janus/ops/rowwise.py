@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from janus.ops.fused import kernels_are_compiled
+
 _SLICE_ELEMENTS = 1 << 18
 """Elements of one slice of one tensor: a chain's dozen temporaries of this size stay in the shared cache."""
 
@@ -18,7 +20,7 @@ def map_rows(function: Callable[..., tuple[Tensor, ...]], rows: tuple[Tensor, ..
     """Apply a function that treats rows independently, slice by slice on CPU and at once elsewhere.
 
     Temporaries of `function` are as large as a slice, so a chain of operations costs one pass over memory and no more
-    memory than its results. Not recorded by autograd: for use inside autograd functions.
+    memory than its results. A compiled kernel has no temporaries, so it runs at once. Not recorded by autograd: for use inside autograd functions.
 
     Args:
         function: from slices of `rows` to a tuple of tensors; the last `num_summed` of them are sums over the rows.
@@ -27,7 +29,7 @@ def map_rows(function: Callable[..., tuple[Tensor, ...]], rows: tuple[Tensor, ..
         results over all rows, (N, ...), then the sums.
     """
     num_rows = rows[0].shape[0]
-    if rows[0].device.type != "cpu" or rows[0].numel() <= _WHOLE_ELEMENTS:
+    if rows[0].device.type != "cpu" or rows[0].numel() <= _WHOLE_ELEMENTS or kernels_are_compiled():
         return function(*rows)
     step = max(1, _SLICE_ELEMENTS // rows[0][0].numel())
     outputs: list[Tensor] = []

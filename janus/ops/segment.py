@@ -21,4 +21,6 @@ def segment_sum(rows: Tensor, index: Tensor, num_segments: int) -> Tensor:
 def segment_max(rows: Tensor, index: Tensor, num_segments: int) -> Tensor:
     """Largest of the rows of each segment, detached, (num_segments, d); -inf where no row belongs."""
     lowest = rows.new_full((num_segments, rows.shape[1]), -torch.inf)
-    return lowest.scatter_reduce_(0, index[:, None].expand_as(rows), rows.detach(), reduce="amax")
+    # Rows with gaps between them, such as half the columns of a product, would take ten times as long.
+    packed = rows.detach().contiguous()
+    return lowest.scatter_reduce_(0, index[:, None].expand_as(rows), packed, reduce="amax")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from janus.ops.fused import fusable
 from janus.ops.rowwise import map_rows
 
 
@@ -50,6 +51,7 @@ class _SiLUGrad(torch.autograd.Function):
         return map_rows(_second_derivative, (x, grad, cotangent))
 
 
+@fusable
 def _second_derivative(x: Tensor, grad: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
     # silu''(x) = s (1 - s) (2 + x - 2 x s), s = sigmoid(x)
     sigmoid = x.sigmoid()

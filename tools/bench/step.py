@@ -49,6 +49,7 @@ def main() -> int:
     parser.add_argument(
         "--smooth", action="store_true", help="time ours with smooth attention (its default in training)"
     )
+    parser.add_argument("--compile", action="store_true", help="ours with training.compile_kernels")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args()
     if options.output is not None and not options.output.parent.is_dir():
@@ -88,7 +89,8 @@ def _compare(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
         for side in ("reference", "ours", "ours", "reference") * options.rounds:
             print(f"{8 * repeat**3} atoms: timing {side}", file=sys.stderr)
             smooth = options.smooth and side == "ours"
-            runs[side].append(work(side, "time", repeat, steps=options.steps, smooth=smooth))
+            compiled = options.compile and side == "ours"
+            runs[side].append(work(side, "time", repeat, steps=options.steps, smooth=smooth, compile=compiled))
         sides = {side: _summary(results) for side, results in runs.items()}
         sizes.append(
             {
@@ -107,6 +109,7 @@ def _compare(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
         "width": options.width,
         "parameters": ours["num_parameters"],
         "smooth": options.smooth,
+        "compiled": options.compile,
         "versions": {"reference": expected["versions"], "ours": ours["versions"]},
         "sizes": sizes,
     }
@@ -130,7 +133,9 @@ def _summary(results: list[dict[str, Any]]) -> dict[str, Any]:
 def _table(report: dict[str, Any]) -> str:
     lines = [
         f"{report['layers']} layers, width {report['width']}, {report['parameters']} parameters, fp32, "
-        f"{report['threads']} threads" + (", ours smooth" if report["smooth"] else ""),
+        f"{report['threads']} threads"
+        + (", ours smooth" if report["smooth"] else "")
+        + (", ours compiled" if report["compiled"] else ""),
         "| atoms | angles | side | s per step (median) | spread | peak MiB | faster | memory |",
         "|---|---|---|---|---|---|---|---|",
     ]
@@ -262,6 +267,7 @@ def _our_side(settings: dict[str, Any], *, predict: bool) -> tuple[Callable[[], 
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
     import torch
 
+    from janus.ops.fused import compile_kernels
     from janus.optim.adamw import AdamWConfig, build_adamw
     from janus.training.memory import keep_freed_memory
     from matris.config import LossConfig
@@ -274,6 +280,7 @@ def _our_side(settings: dict[str, Any], *, predict: bool) -> tuple[Callable[[], 
     from matris.reference import convert_reference
 
     keep_freed_memory()
+    compile_kernels(settings.get("compile", False), torch.device("cpu"))
     directory = Path(settings["directory"])
     if not (directory / "model").exists():
         convert_reference(directory / "reference.pth.tar", directory / "model")

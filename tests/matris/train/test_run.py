@@ -146,6 +146,18 @@ def test_killed_run_goes_on_to_the_same_bits(folder: Path, finished: Path) -> No
         assert torch.equal(found[name], value), name
 
 
+def test_compiled_kernels_change_nothing_but_the_time(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = []
+    for name in ("plain", "compiled"):
+        output = folder / f"kernels_{name}"
+        words = options(folder, output, precision="fp64", compile_kernels=name == "compiled")
+        assert main(words) == 0
+        assert (", compiled kernels" in capsys.readouterr().out) == (name == "compiled")
+        found.append(weights(output))
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-9, atol=1e-11)
+
+
 def test_two_ranks_stop_on_a_signal_and_one_goes_on(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """torchrun passes SIGTERM on to its ranks."""
     output = folder / "two_ranks"

@@ -1,0 +1,78 @@
+"""Compiled kernels against the plain functions, through every derivative of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from janus.ops.attention import attention_terms
+from janus.ops.fused import compile_kernels, fusable
+from janus.ops.gated_norm import gated_norm
+from janus.ops.silu import silu
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def plain_afterwards() -> Iterator[None]:
+    yield
+    compile_kernels(False, CPU)
+
+
+def through_a_step(function: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    """Value, recorded first derivative of the first input, and derivative of its square by all inputs."""
+    inputs = [value.clone().requires_grad_() for value in inputs]
+    value = function(*inputs)
+    (force,) = torch.autograd.grad((value * value).sum(), inputs[0], create_graph=True)
+    return [value, force, *torch.autograd.grad((force * force).sum() + value.sum(), inputs)]
+
+
+def both_terms(*inputs: Tensor) -> Tensor:
+    weight, value = attention_terms(*inputs[:3], cap=5.0)
+    return weight * value
+
+
+FUNCTIONS = {
+    "layer norm": (lambda *x: gated_norm(*x, eps=1e-5, center=True), ["rows", "rows", "pair", "pair"]),
+    "RMS norm": (lambda *x: gated_norm(*x, None, eps=1e-7, center=False), ["rows", "rows", "pair"]),
+    "silu": (silu, ["rows"]),
+    "smooth attention": (both_terms, ["rows", "rows", "column"]),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_compiled_equals_plain(name: str) -> None:
+    function, kinds = FUNCTIONS[name]
+    generator = torch.Generator().manual_seed(0)
+    for num_rows in (7, 1, 0, 300):
+        shapes = {"rows": (num_rows, 16), "pair": (2, 16), "column": (num_rows, 1)}
+        inputs = [torch.randn(shapes[kind], generator=generator, dtype=torch.float64) for kind in kinds]
+        compile_kernels(False, CPU)
+        expected = through_a_step(function, inputs)
+        compile_kernels(True, CPU)
+        for ours, plain in zip(through_a_step(function, inputs), expected, strict=True):
+            torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+
+
+def test_wrong_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **_: lambda x: (function(x)[0] * 1.001,))
+    doubled = fusable(lambda x: (2 * x,))
+    rows = torch.ones(3, 2)
+    assert doubled(rows)[0].equal(2 * rows)
+    compile_kernels(True, CPU)
+    with pytest.raises(RuntimeError, match="differs from the plain one"):
+        doubled(rows)
+
+
+def test_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import cpp_builder, exc
+
+    def missing() -> str:
+        raise exc.InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", missing)
+    with pytest.raises(ValueError, match="need a C\\+\\+ compiler"):
+        compile_kernels(True, CPU)
