@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from janus.ops.demand import wants_gradient
 
 
 def grouped_linear(rows: Tensor, weight: Tensor, counts: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
@@ -21,9 +25,31 @@ def grouped_linear(rows: Tensor, weight: Tensor, counts: Tensor, *, dtype: torch
     Returns:
         (T, out) in the format of `rows`.
     """
-    if dtype is not None and dtype != rows.dtype:
-        return grouped_linear(rows.to(dtype), weight.to(dtype), counts).to(rows.dtype)
+    offsets = counts.cumsum(0).to(torch.int32)
+    if dtype is not None and dtype != rows.dtype and len(rows):
+        return _ConvertedProduct.apply(rows.to(dtype), weight, offsets, False).to(rows.dtype)
     if rows.dtype is torch.float64 or not len(rows):
         parts = rows.split(counts.tolist())
         return torch.cat([functional.linear(part, matrix) for part, matrix in zip(parts, weight, strict=True)])
-    return functional.grouped_mm(rows, weight.transpose(1, 2), offs=counts.cumsum(0).to(torch.int32))
+    return functional.grouped_mm(rows, weight.transpose(1, 2), offs=offsets)
+
+
+class _ConvertedProduct(torch.autograd.Function):
+    """rows_g W_g^T (or rows_g W_g) in the format of the rows; W itself is saved, see `janus.ops.product`."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, offsets: Tensor, straight: bool) -> Tensor:
+        ctx.save_for_backward(rows, weight, offsets)
+        ctx.straight = straight
+        converted = weight.to(rows.dtype)
+        return functional.grouped_mm(rows, converted if straight else converted.transpose(1, 2), offs=offsets)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        rows, weight, offsets = ctx.saved_tensors
+        g_rows = _ConvertedProduct.apply(grad, weight, offsets, not ctx.straight) if wants_gradient(ctx, 0) else None
+        g_weight = None
+        if wants_gradient(ctx, 1):
+            left, right = (rows, grad) if ctx.straight else (grad, rows)
+            g_weight = functional.grouped_mm(left.t(), right, offs=offsets).to(weight.dtype)
+        return g_rows, g_weight, None, None

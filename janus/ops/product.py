@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from janus.ops.demand import wants_gradient
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
@@ -20,5 +24,27 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, dtype: torc
     """
     if dtype is None or dtype == x.dtype:
         return functional.linear(x, weight, bias)
-    product = functional.linear(x.to(dtype), weight.to(dtype)).to(x.dtype)
+    product = _ConvertedProduct.apply(x.to(dtype), weight, False).to(x.dtype)
     return product if bias is None else product + bias
+
+
+class _ConvertedProduct(torch.autograd.Function):
+    """x W^T (or x W) in the format of x. Saved is W itself: a converted copy would stay until the second backward pass,
+    and sharded weights (`janus.sharding`), which are gathered again for each pass, would not be recognised in it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, straight: bool) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.straight = straight
+        converted = weight.to(x.dtype)
+        return functional.linear(x, converted.t() if straight else converted)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        g_x = _ConvertedProduct.apply(grad, weight, not ctx.straight) if wants_gradient(ctx, 0) else None
+        g_weight = None
+        if wants_gradient(ctx, 1):
+            rows, columns = (x, grad) if ctx.straight else (grad, x)
+            g_weight = (rows.flatten(0, -2).t() @ columns.flatten(0, -2)).to(weight.dtype)
+        return g_x, g_weight, None

@@ -20,7 +20,8 @@ def map_rows(function: Callable[..., tuple[Tensor, ...]], rows: tuple[Tensor, ..
     """Apply a function that treats rows independently, slice by slice on CPU and at once elsewhere.
 
     Temporaries of `function` are as large as a slice, so a chain of operations costs one pass over memory and no more
-    memory than its results. A compiled kernel has no temporaries, so it runs at once. Not recorded by autograd: for use inside autograd functions.
+    memory than its results. A compiled kernel has no temporaries, so it runs at once. Not recorded by autograd: for use
+    inside autograd functions.
 
     Args:
         function: from slices of `rows` to a tuple of tensors; the last `num_summed` of them are sums over the rows.

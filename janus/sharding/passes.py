@@ -20,8 +20,8 @@ bytes of unit u and S ranks, P = sum of P_u, the largest live bytes of one rank 
 Under `keep` gathered weights stay until the update: one gather per unit and update, P always.
 
 All ranks of the shard axis must run the same graph: collectives are matched by their order. The engine runs nodes in
-the reverse order of their recording, so equal graphs have equal orders. A weight that the model converts to another
-number format is saved as the converted copy, which is nobody's storage here and stays until the second backward.
+the reverse order of their recording, so equal graphs have equal orders. Only a weight itself is recognised when it is
+saved, not a converted copy of it: products convert inside (`janus.ops.product`).
 """
 
 from __future__ import annotations
