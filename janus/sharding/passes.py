@@ -26,7 +26,7 @@ saved, not a converted copy of it: products convert inside (`janus.ops.product`)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from enum import Enum, auto
 from typing import Any
@@ -74,6 +74,8 @@ class Passes:
         # that of an activation, on some ranks only, and their collectives would no longer match.
         self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
         self._leaving: tuple[Unit, PendingTensor] | None = None
+        self._arrived: Callable[[Unit], None] | None = None
+        self._uses: dict[Unit, int] = {}  # gathers for a forward pass of this run whose gradient has not arrived
         self._training: bool | None = None  # None outside of `run`
         self._callback_is_set = False
         # Gathers of the last run, with and without training, and of this one as long as it does the same.
@@ -91,25 +93,30 @@ class Passes:
         return sum(self.units[index].nbytes for _, index in self._storages.values())
 
     @contextmanager
-    def run(self, *, training: bool) -> Iterator[None]:
+    def run(self, *, training: bool, arrived: Callable[[Unit], None] | None = None) -> Iterator[None]:
         """Around all passes of one micro-batch: what is recorded inside must be differentiated inside.
 
         With `training`, a backward pass that is not recorded adds to the shards' `.grad` what arrives from its
         reduce-scatters, which run meanwhile; all has arrived at the end.
+
+        Args:
+            arrived: is told each unit once its gradient has arrived from all its uses, while that of the next unit is
+                on its way. Units that do not take part, or that activation checkpointing gathers anew, are left out.
         """
         self._training, self._callback_is_set = training, False
+        self._arrived, self._uses = arrived, {}
         self._plan, self._trace = self._plans.get(training, []), []
         hooks = nullcontext() if self.keep else torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
         try:
             with hooks:
                 yield
             self._plans[training] = self._trace
-            self._arrive()
+            self._tell(self._arrive())
         except BaseException:
             self._coming.clear()  # without waiting: other ranks may have failed too
             raise
         finally:
-            self._training, self._leaving = None, None
+            self._training, self._leaving, self._arrived = None, None, None
             if not self.keep:
                 self.forget()
 
@@ -149,6 +156,7 @@ class Passes:
 
     def _before(self, unit: Unit) -> Any:
         def hook(*_: Any) -> None:
+            self._uses[unit] = self._uses.get(unit, 0) + 1
             unit.install(_Gather.apply(unit.shard, unit, self))
 
         return hook
@@ -195,20 +203,29 @@ class Passes:
 
     def send(self, unit: Unit, flat: Tensor) -> None:
         """Starts the reduce-scatter of a unit's gradient, after that of the unit before has arrived."""
-        self._arrive()
+        before = self._arrive()
         self._leaving = unit, start_reduce_scatter(flat, self.axis)
+        self._tell(before)
 
     def complete(self, unit: Unit) -> None:
         """No node of this backward pass needs the unit's weights any more."""
         if not self.keep:
             self._resident.pop(self._index[unit], None)
 
-    def _arrive(self) -> None:
+    def _arrive(self) -> Unit | None:
         if self._leaving is None:
-            return
+            return None
         (unit, pending), self._leaving = self._leaving, None
         gradient = pending.wait()
         unit.shard.grad = gradient if unit.shard.grad is None else unit.shard.grad.add_(gradient)
+        return unit
+
+    def _tell(self, unit: Unit | None) -> None:
+        if unit is None:
+            return
+        self._uses[unit] -= 1
+        if self._uses[unit] == 0 and self._arrived is not None:
+            self._arrived(unit)
 
 
 class _Gather(torch.autograd.Function):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
@@ -37,6 +37,7 @@ class Weights:
         pieces: what this rank updates, by name: a trainable parameter, or its slice in this rank's shard, flat and
             maybe empty. All ranks have the same names.
         leaves: what a backward pass must add gradients to.
+        groups: the same, grouped by what may be updated at once: parameters that no unit holds, then each unit's.
         ndims: dimensions of each parameter in `pieces`, whole.
         shapes: of the logical state dict, by name.
         num_parameters: of the logical model, frozen ones included.
@@ -67,7 +68,11 @@ class Weights:
         own = dict(model.named_parameters())
         for unit in self._units:
             own |= unit.pieces
+        self._summed: set[Unit] = set()
         self.pieces = {name: own[name] for name in self.ndims}
+        inside = {name for unit in self._units for name in unit.pieces}
+        outside = {name: piece for name, piece in self.pieces.items() if name not in inside}
+        self.groups = [group for group in (outside, *(unit.pieces for unit in self._units)) if group]
         self._unsharded = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.leaves = [*self._unsharded, *(unit.shard for unit in self._units if unit.shard.requires_grad)]
 
@@ -76,10 +81,28 @@ class Weights:
         """Where gathered weights live; None if nothing is sharded."""
         return self._passes
 
-    def run(self, *, training: bool) -> AbstractContextManager[None]:
+    def run(
+        self, *, training: bool, complete: Callable[[Mapping[str, nn.Parameter]], None] | None = None
+    ) -> AbstractContextManager[None]:
         """Around forward pass, force pass and second backward pass of a micro-batch, see `Passes.run`. All ranks of the
-        shard axis must run the same number of micro-batches."""
-        return nullcontext() if self._passes is None else self._passes.run(training=training)
+        shard axis must run the same number of micro-batches.
+
+        Args:
+            complete: for the last micro-batch: is given each of `groups` that a unit holds as soon as its gradient is
+                that of the global batch, while the backward pass goes on. It may change the pieces. Replicas of the
+                shard axis must then run the same number of micro-batches, too.
+        """
+        if self._passes is None:
+            return nullcontext()
+
+        def arrived(unit: Unit) -> None:
+            assert complete is not None
+            if unit.pieces:
+                self._sum_over_replicas(unit)
+                self._summed.add(unit)
+                complete(unit.pieces)
+
+        return self._passes.run(training=training, arrived=None if complete is None else arrived)
 
     def changed(self) -> None:
         """Frees gathered weights. To be called whenever the weights were changed."""
@@ -90,6 +113,7 @@ class Weights:
 
     def zero_gradients(self) -> None:
         """Forgets all gradients."""
+        self._summed.clear()
         for parameter in (*self.leaves, *self.pieces.values()):
             parameter.grad = None
 
@@ -97,19 +121,21 @@ class Weights:
         """From the gradients of this rank's micro-batches to those of the global batch, for all pieces.
 
         Parameters that every rank has are summed over all replicas. Shards have arrived summed over the shard axis, and
-        are summed over the ranks that hold the same piece, unit by unit.
+        are summed over the ranks that hold the same piece, unit by unit, unless `run` did that already.
         """
         sum_gradients(self._unsharded, self.mesh)
         for unit in self._units:
-            if not unit.shard.requires_grad:
-                continue
-            if unit.shard.grad is None:  # on all ranks: this loss does not depend on the unit
-                unit.shard.grad = torch.zeros_like(unit.shard)
-            if self.mesh.shard_replicas.size > 1:
-                unit.shard.grad.copy_(all_reduced(unit.shard.grad, self.mesh.shard_replicas))
-            for slot in unit.slots:
-                if slot.trainable:
-                    unit.pieces[slot.name].grad = unit.slice(slot, unit.shard.grad)
+            if unit.shard.requires_grad and unit not in self._summed:
+                self._sum_over_replicas(unit)
+
+    def _sum_over_replicas(self, unit: Unit) -> None:
+        if unit.shard.grad is None:  # on all ranks: this loss does not depend on the unit
+            unit.shard.grad = torch.zeros_like(unit.shard)
+        if self.mesh.shard_replicas.size > 1:
+            unit.shard.grad.copy_(all_reduced(unit.shard.grad, self.mesh.shard_replicas))
+        for slot in unit.slots:
+            if slot.trainable:
+                unit.pieces[slot.name].grad = unit.slice(slot, unit.shard.grad)
 
     def gradient_norm(self) -> Tensor:
         """2-norm of the gradient of the global batch, float64, the same on all ranks.

@@ -49,7 +49,9 @@ class Learner:
         self.clip_grad = clip_grad
         self.weights = Weights(model, mesh, units=units, policy=policy)
         self.parameters = self.weights.pieces
-        self.optimizer = build_adamw(self.parameters, adamw, ndims=self.weights.ndims)
+        # One for each group, so that a group can be updated before the others.
+        self._optimizers = [build_adamw(group, adamw, ndims=self.weights.ndims) for group in self.weights.groups]
+        self._updated: set[int] = set()  # of the groups, before the update of all
         self.ema = ExponentialMovingAverage(self.parameters, ema_decay)
         self.step = 0
 
@@ -70,18 +72,35 @@ class Learner:
         """Clips the gradients, which must be summed over ranks. Returns the norm they had."""
         return float(clip_gradients(self.parameters.values(), self.clip_grad, norm=self.weights.gradient_norm()))
 
-    def update(self) -> None:
-        """One optimizer step with the gradients that are there; then the average follows.
+    @property
+    def updates_early(self) -> bool:
+        """Whether units of sharded weights are updated during the backward pass, each as soon as its gradient is there.
 
-        It cannot start with the first unit whose gradient has arrived: clipping, and the refusal of a gradient that is
-        not finite, need the norm of all. So it is one fused pass over all pieces, after the last.
+        Without clipping only, which needs the norm of all gradients first, and without replicas of the shard axis,
+        which may have other numbers of micro-batches: they sum their gradients at the end.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate
-        self.optimizer.step()
+        return self.clip_grad == 0 and self.weights.passes is not None and self.weights.mesh.shard_replicas.size == 1
+
+    def update_early(self, group: Mapping[str, nn.Parameter]) -> None:
+        """The optimizer step of one of `weights.groups`, whose gradient is summed over the ranks; `update` follows."""
+        self._update(next(index for index, other in enumerate(self.weights.groups) if other is group))
+
+    def update(self) -> None:
+        """One optimizer step with the gradients that are there, for all that is not updated yet; then the average."""
+        for index in range(len(self._optimizers)):
+            if index not in self._updated:
+                self._update(index)
+        self._updated.clear()
         self.weights.changed()
         self.step += 1
         self.ema.update(self.step)
+
+    def _update(self, index: int) -> None:
+        optimizer = self._optimizers[index]
+        for group in optimizer.param_groups:
+            group["lr"] = self.learning_rate
+        optimizer.step()
+        self._updated.add(index)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -122,7 +141,7 @@ class Learner:
         tensors |= {f"ema/{name}": value for name, value in self.gather_average().items()}
         if self.step == 0:
             return tensors
-        state = self.optimizer.state
+        state = self._optimizer_state()
         for moment in _MOMENTS:
             values = self.weights.gather({name: state[piece][moment] for name, piece in self.parameters.items()})
             tensors |= {f"optimizer/{moment}/{name}": value for name, value in values.items()}
@@ -150,12 +169,16 @@ class Learner:
             )
         self.weights.load_state(parts["model"])
         self.ema.load({name: self.weights.piece(name, value) for name, value in parts["ema"].items()})
-        self.optimizer.state.clear()
         moments = parts["optimizer"]
-        for name, piece in self.parameters.items() if step > 0 else ():
-            # The fused optimizer keeps the step count beside its parameter, like the moments.
-            self.optimizer.state[piece] = {
-                "step": moments[f"step/{name}"].to(piece.device, copy=True),
-                **{moment: self.weights.piece(name, moments[f"{moment}/{name}"]) for moment in _MOMENTS},
-            }
+        for optimizer, group in zip(self._optimizers, self.weights.groups, strict=True):
+            optimizer.state.clear()
+            for name, piece in group.items() if step > 0 else ():
+                # The fused optimizer keeps the step count beside its parameter, like the moments.
+                optimizer.state[piece] = {
+                    "step": moments[f"step/{name}"].to(piece.device, copy=True),
+                    **{moment: self.weights.piece(name, moments[f"{moment}/{name}"]) for moment in _MOMENTS},
+                }
         self.step = step
+
+    def _optimizer_state(self) -> dict[Tensor, dict[str, Tensor]]:
+        return {piece: state for optimizer in self._optimizers for piece, state in optimizer.state.items()}

@@ -18,7 +18,8 @@ from janus.training.task import Batch, MicroLoss, Task
 
 
 class NonFiniteError(ValueError):
-    """A loss or gradient is infinite or not a number; the weights were not touched."""
+    """A loss or gradient is infinite or not a number. Nothing was saved; the weights were not touched, or, with
+    `Learner.updates_early`, partly: the process must not go on with them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,10 +52,10 @@ def train_step(
         stop: this rank's wish to stop, which travels with the sums, so that all ranks stop after the same step.
 
     Raises:
-        NonFiniteError: on all ranks, before any weight is changed.
+        NonFiniteError: on all ranks.
     """
     learner.zero_gradients()
-    losses = accumulate_gradients(task, batch.micro_batches, totals, learner)
+    losses = accumulate_gradients(task, batch.micro_batches, totals, learner, update=learner.updates_early)
     learner.sum_gradients()
     own = torch.zeros(task.num_sums + 2, dtype=torch.float64, device=mesh.device)
     for loss in losses:
@@ -70,15 +71,20 @@ def train_step(
     return StepReport(sums=sums[:-2], num_edges=round(sums[-2]), grad_norm=grad_norm, stop=sums[-1] > 0)
 
 
-def accumulate_gradients(task: Task, micro_batches: Sequence[Any], totals: Any, learner: Learner) -> list[MicroLoss]:
+def accumulate_gradients(
+    task: Task, micro_batches: Sequence[Any], totals: Any, learner: Learner, *, update: bool = False
+) -> list[MicroLoss]:
     """Adds the gradients of this rank's micro-batches. Returns their losses, detached.
+
+    With `update`, units of sharded weights are updated as soon as their gradient is complete.
 
     Nothing is communicated but what the model itself exchanges, and sharded weights and their gradients, for which all
     ranks need the same number of micro-batches.
     """
     losses = []
-    for micro_batch in micro_batches:
-        with learner.weights.run(training=True):
+    for number, micro_batch in enumerate(micro_batches, start=1):
+        complete = learner.update_early if update and number == len(micro_batches) else None
+        with learner.weights.run(training=True, complete=complete):
             loss = task.loss(micro_batch, totals, training=True)
             if loss.total.requires_grad:
                 # The weights alone: gradients on positions and strain would cost time and mean nothing.
@@ -103,6 +109,6 @@ def _complaint(task: Task, batch: Batch, losses: Sequence[MicroLoss], grad_norm:
     suspects = list(dict.fromkeys(name for bad, names in everywhere if bad or not bad_loss for name in names))
     what = "the loss" if bad_loss else f"the gradient (norm {grad_norm})"
     return (
-        f"{what} of step {batch.step + 1} is not finite; nothing was updated or saved. Structures of the batch: "
+        f"{what} of step {batch.step + 1} is not finite; nothing was saved. Structures of the batch: "
         f"{', '.join(suspects)}. Check their labels and geometry, or lower the learning rate"
     )

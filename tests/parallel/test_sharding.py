@@ -32,12 +32,13 @@ STEPS, RECORDS, WIDTH, BLOCKS = 3, 8, 6, 3
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What must not change the result: policy and pieces; and what defines it: frozen and checkpointing."""
+    """What must not change the result: policy and pieces; and what defines it: frozen, checkpointing, clipping."""
 
     policy: str = "regather"
     pieces: int = 1
     frozen: bool = False
     checkpointing: bool = False
+    clip: float = 0.3
 
 
 class Block(nn.Module):
@@ -123,7 +124,7 @@ def learner_of(model: ToyEnergy, mesh: Mesh, case: Case) -> Learner:
         AdamWConfig(weight_decay=0.1),
         Schedule(lr=1e-2, num_steps=STEPS),
         ema_decay=0.9,
-        clip_grad=0.3,
+        clip_grad=case.clip,
         mesh=mesh,
         units=model.units,
         policy=case.policy,  # type: ignore[arg-type]
@@ -161,9 +162,18 @@ def measured(mesh: Mesh, case: Case) -> dict[str, Any]:
         learner.sum_gradients()
         result[f"{name} gradients"] = {key: value.clone() for key, value in learner.gather_gradients().items()}
     task: Any = Task(model, 0.3, 1.0, look)
+    early: list[int] = []  # reduce-scatters started before each early update
+    update_early = learner.update_early
+
+    def noted(group: Mapping[str, nn.Parameter]) -> None:
+        early.append(mesh.ledger.calls["shard/reduce_scatter"])
+        update_early(group)
+
+    learner.update_early = noted  # type: ignore[method-assign]
     reports: list[StepReport] = []
     for number in range(STEPS):
         mesh.ledger.clear()
+        early.clear()
         for seen in live.values():
             seen.clear()
         if passes is not None:
@@ -173,6 +183,7 @@ def measured(mesh: Mesh, case: Case) -> dict[str, Any]:
     result["sums"] = {"sums": torch.tensor(np.array([report.sums for report in reports]))}
     result["ledger"] = {key: (mesh.ledger.calls[key], mesh.ledger.bytes[key]) for key in mesh.ledger.calls}
     result["live"] = live
+    result["early"] = early
     if passes is not None:
         settle(passes)
         result["left"] = passes.live_bytes
@@ -237,6 +248,9 @@ CASES = (
     Case(policy="keep", frozen=True),
     Case(checkpointing=True),
     Case(checkpointing=True, policy="keep", pieces=2),
+    Case(clip=0.0, pieces=2),
+    Case(clip=0.0, policy="keep", frozen=True),
+    Case(clip=0.0, checkpointing=True),
 )
 
 
@@ -268,6 +282,8 @@ def test_sharded_training_is_that_of_one_process(
             assert_same(found, expected, str(case))
             if layout.get("shard", 1) > 1:
                 check_memory_and_traffic(found, case, layout["shard"])
+                has_replicas = world_size > layout["shard"] * layout.get("tensor", 1)
+                check_early_updates(found, case, has_replicas)
 
 
 def check_memory_and_traffic(found: Mapping[str, Any], case: Case, shards: int) -> None:
@@ -288,6 +304,18 @@ def check_memory_and_traffic(found: Mapping[str, Any], case: Case, shards: int) 
     if case.policy == "regather":
         assert found["left"] == 0
         assert found["live evaluation"] == 0
+
+
+def check_early_updates(found: Mapping[str, Any], case: Case, has_replicas: bool) -> None:
+    """Each unit is updated while the gradient of the next one is on its way, so one later; the last at the end."""
+    started = found["ledger"]["shard/reduce_scatter"][0]
+    trainable = started // case.pieces
+    if case.clip or has_replicas:
+        assert found["early"] == []
+    elif case.checkpointing:  # gathers blocks anew, so that their gradients may not be complete
+        assert len(found["early"]) == trainable - BLOCKS
+    else:
+        assert found["early"] == [*range(started - trainable + 2, started + 1), started]
 
 
 def third_derivative(mesh: Mesh, inside: bool) -> dict[str, Tensor]:
