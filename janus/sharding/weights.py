@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +64,7 @@ class Weights:
         self._units: list[Unit] = []
         if shard.size > 1:
             self._units = make_units(model, [model] if units is None else units, shard)
+            model.__dict__["sharded_state_dict"] = _refuse_sharded_state_dict
         self._passes = Passes(self._units, shard, keep=policy == "keep") if self._units else None
         own = dict(model.named_parameters())
         for unit in self._units:
@@ -222,3 +223,11 @@ class Weights:
 
     def _part(self, name: str, whole: Tensor) -> Tensor:
         return part_of(whole, self._splits.get(name), self.mesh.tensor)
+
+
+def _refuse_sharded_state_dict(*_: Any, **__: Any) -> NoReturn:
+    """In place of Megatron's method, which would find only what is left in the modules."""
+    raise RuntimeError(
+        "sharded_state_dict of a model whose weights are sharded: its modules hold them only while they compute. Take "
+        "`Weights.state` or a checkpoint, which hold whole tensors, or ask before the weights are sharded"
+    )

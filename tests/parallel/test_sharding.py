@@ -146,6 +146,8 @@ def measured(mesh: Mesh, case: Case) -> dict[str, Any]:
             peaks[when], passes.peak_bytes = passes.peak_bytes, 0
 
     if passes is not None:
+        with pytest.raises(RuntimeError, match="weights are sharded"):
+            model.sharded_state_dict()
         start = passes._start
 
         def start_settled(index: int) -> Any:
@@ -184,6 +186,9 @@ def measured(mesh: Mesh, case: Case) -> dict[str, Any]:
     result["ledger"] = {key: (mesh.ledger.calls[key], mesh.ledger.bytes[key]) for key in mesh.ledger.calls}
     result["live"] = live
     result["early"] = early
+    held = [*learner.weights.leaves, *(leaf.grad for leaf in learner.weights.leaves), *learner.ema.average.values()]
+    held += [moment for state in learner._optimizer_state().values() for moment in state.values() if moment.ndim]
+    result["held"] = sum(value.nbytes for value in held if value is not None)
     if passes is not None:
         settle(passes)
         result["left"] = passes.live_bytes
@@ -282,6 +287,7 @@ def test_sharded_training_is_that_of_one_process(
             assert_same(found, expected, str(case))
             if layout.get("shard", 1) > 1:
                 check_memory_and_traffic(found, case, layout["shard"])
+                check_held(found, case, layout["shard"])
                 has_replicas = world_size > layout["shard"] * layout.get("tensor", 1)
                 check_early_updates(found, case, has_replicas)
 
@@ -304,6 +310,15 @@ def check_memory_and_traffic(found: Mapping[str, Any], case: Case, shards: int) 
     if case.policy == "regather":
         assert found["left"] == 0
         assert found["live evaluation"] == 0
+
+
+def check_held(found: Mapping[str, Any], case: Case, shards: int) -> None:
+    """Weights, gradients, two moments and average, of this rank's part alone."""
+    outside = 8  # the scalar that no unit holds
+    padded = sum(found["units"]) // shards
+    if not case.frozen:
+        unpadded = found["held"] - 2 * padded - 5 * outside  # moments and average have no padding
+        assert 0 <= 3 * padded - unpadded < 3 * 8 * shards * len(found["units"])
 
 
 def check_early_updates(found: Mapping[str, Any], case: Case, has_replicas: bool) -> None:
