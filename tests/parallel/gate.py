@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import ase.build
@@ -26,7 +27,7 @@ MODEL = ModelConfig(
     num_angular=3,
     readout_hidden_sizes=(8,),
 )
-
+EXPERTS = replace(MODEL, num_moe_experts=3, moe_router_topk=2, moe_ffn_hidden_size=6, kv_channels=4)
 
 _FLOOR = 1e-4
 """Tensors down to so much of the largest are compared on a scale of their own; no gradient of these data cancels."""
@@ -64,8 +65,14 @@ def write_gate_files(folder: Path) -> None:
         ase.io.write(folder / f"{name}.xyz", labelled, format="extxyz")
 
 
-def gate_config(folder: Path, data: str, precision: str = "fp64") -> TrainConfig:
-    """Some updates with all structures in each, in micro-batches."""
+def gate_config(folder: Path, data: str, precision: str = "fp64", kind: str = "dense") -> TrainConfig:
+    """Some updates with all structures in each, in micro-batches.
+
+    Args:
+        kind: `dense`, or `experts`: a model with experts, and no clipping, so that sharded blocks are updated during
+            the backward pass.
+    """
+    experts = kind == "experts"
     return TrainConfig(
         data=DataConfig(
             train=[str(folder / f"{data}.xyz")],
@@ -75,17 +82,15 @@ def gate_config(folder: Path, data: str, precision: str = "fp64") -> TrainConfig
             max_atoms=30,
         ),
         training=TrainingConfig(train_iters=NUM_STEPS, precision=precision, device="cpu", output=str(folder / "run")),
-        optim=OptimConfig(lr=1e-2, lr_decay_style="constant", clip_grad=0.5, ema_decay=0.9, adam_eps=1e-4),
+        optim=OptimConfig(
+            lr=1e-2, lr_decay_style="constant", clip_grad=0.0 if experts else 0.5, ema_decay=0.9, adam_eps=1e-4
+        ),
         loss=LossConfig(magmoms_weight=0.5),
-        model=MODEL,
+        model=EXPERTS if experts else MODEL,
     )
 
 
-def run_gate(launch: Launch, folder: Path, names: Sequence[str], runs: Sequence[tuple[str, str]]) -> list[Row]:
-    """Rows of all layouts, for each of `runs` (data and precision)."""
+def run_gate(launch: Launch, folder: Path, names: Sequence[str], runs: Sequence[tuple[str, ...]]) -> list[Row]:
+    """Rows of all layouts, for each of `runs` (data, precision, and a kind other than dense)."""
     layouts = [parse_layout(name) for name in names]
-    return [
-        row
-        for data, precision in runs
-        for row in verify(gate_config(folder, data, precision), layouts, launch, floor=_FLOOR)
-    ]
+    return [row for run in runs for row in verify(gate_config(folder, *run), layouts, launch, floor=_FLOOR)]

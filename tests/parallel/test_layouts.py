@@ -10,7 +10,7 @@ from tests.parallel.gate import run_gate, write_gate_files
 from tests.parallel.ranks import run_ranks
 
 RUNS = {
-    2: (("mixed", "fp64"), ("mixed", "fp32"), ("molecules", "fp64")),
+    2: (("mixed", "fp64"), ("mixed", "fp32"), ("molecules", "fp64"), ("mixed", "fp64", "experts")),
     4: (("mixed", "fp64"),),
     8: (("mixed", "fp64"),),
 }
