@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -18,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from janus.comm.ledger import Ledger
-from janus.comm.watch import Watch, is_of_a_collective
+from janus.comm.watch import LostRanksError, Watch, is_of_a_collective
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -210,6 +211,7 @@ def open_mesh(
     pipeline: int = 1,
     timeout_minutes: float = 30.0,
     launch: Launch | None = None,
+    watched: bool = True,
 ) -> Iterator[Mesh]:
     """Joins the other ranks (collective: all ranks of the launch must call it) and leaves them at the end.
 
@@ -218,7 +220,8 @@ def open_mesh(
 
     Args:
         timeout_minutes: how long a rank waits for the others. A rank that dies, stops or hangs ends all others, see
-            `janus.comm.watch`; groups that were adopted are not watched.
+            `janus.comm.watch`; in an adopted group, too.
+        watched: False leaves lost ranks to the caller, or to the timeout of the process group.
 
     Raises:
         LostRanksError: other ranks died, hang or failed; on the one rank that tells the user.
@@ -243,12 +246,12 @@ def open_mesh(
     try:
         made_state = _set_parallel_state(layout)
         mesh = _mesh_of_state(layout, launch.local_rank, place, watch)
-        if not adopted:
-            watch.start(mesh.rank, world_size, launch.address, 60.0 * timeout_minutes, mesh.ledger, _share_port)
+        if watched:
+            watch.start(mesh.rank, world_size, _own_address(launch), 60.0 * timeout_minutes, mesh.ledger, _share)
         yield mesh
     except BaseException as error:
         failure = error
-        lost = watch.is_running and is_of_a_collective(error)
+        lost = watched and is_of_a_collective(error)
         if lost:
             _ignore_termination()
             raise watch.explain(error) or ElsewhereError("another rank says why") from None
@@ -288,14 +291,19 @@ def join_ranks(
     if place.type == "cuda":
         torch.cuda.set_device(place)
     _join(launch, place, timeout_minutes)
+    lost = False
     try:
         yield launch
+    except (LostRanksError, ElsewhereError):
+        lost = True
+        raise
     except (ValueError, OSError) as error:
         if _main_rank_failed():
             raise ElsewhereError("rank 0 failed") from error
         raise
     finally:
-        dist.destroy_process_group()
+        if not (lost and place.type == "cuda"):  # NCCL would wait for the lost rank
+            dist.destroy_process_group()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -359,13 +367,21 @@ def _join(launch: Launch, device: torch.device, timeout_minutes: float) -> None:
         ) from error
 
 
-def _share_port(port: int) -> int:
-    """Rank 0's number on all ranks, by the store of the process group."""
-    store = dist.distributed_c10d._get_default_store()
-    if dist.get_rank() == 0:
-        store.set("janus/watch", str(port))
-        return port
-    return int(store.get("janus/watch"))
+def _own_address(launch: Launch) -> str:
+    """Where others reach this rank if it is rank 0: as the launcher says; a group made without one tells nothing."""
+    if launch.launcher != "python":
+        return launch.address
+    try:
+        return socket.gethostbyname(socket.gethostname())
+    except OSError:  # a machine without a name, so its ranks are the only ones
+        return launch.address
+
+
+def _share(value: str) -> str:
+    """Rank 0's text on all ranks, over the process group that exists."""
+    holder = [value]
+    dist.broadcast_object_list(holder, src=0)
+    return holder[0]
 
 
 def _main_rank_failed() -> bool:

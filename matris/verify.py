@@ -90,7 +90,14 @@ def verify(config: TrainConfig, layouts: Sequence[Layout], launch: Launch, *, fl
     alone = replace(config, parallel=Layout().applied(config.parallel))
     reference: Measurement | None = None
     for layout in layouts:
-        with open_mesh(device, shard=layout.shard, graph=layout.graph, tensor=layout.tensor, launch=launch) as mesh:
+        with open_mesh(
+            device,
+            shard=layout.shard,
+            graph=layout.graph,
+            tensor=layout.tensor,
+            timeout_minutes=config.parallel.distributed_timeout_minutes,
+            launch=launch,
+        ) as mesh:
             if reference is None:
                 reference = _on_first_rank(alone, mesh)
             found = measure(replace(config, parallel=layout.applied(config.parallel)), mesh)
@@ -119,6 +126,7 @@ def measure(config: TrainConfig, mesh: Mesh) -> Measurement:
     gradients = {term: _gradient(setup, term) for term in _TERMS}
     norm, loss = {}, {}
     for batch in setup.train.batches(0):
+        mesh.watch.step = batch.step + 1
         totals = setup.train.totals(batch.indices)
         report = train_step(setup.task, batch, totals, learner=setup.learner, mesh=mesh)
         norm[f"step {batch.step}"] = torch.tensor([report.grad_norm], dtype=torch.float64)

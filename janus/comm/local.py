@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import socket
+import sys
+import time
+import traceback
 from collections.abc import Callable
+from multiprocessing import connection
 from typing import Any
 
 import torch
 from torch import multiprocessing as torch_multiprocessing
 
 from janus.mesh import ElsewhereError, Launch, join_ranks
+
+_GRACE = 45.0
+"""Seconds after the end of one rank in which the others may say why; the watch of a mesh needs less."""
 
 
 def run_local_ranks(world_size: int, device: str, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -20,24 +28,49 @@ def run_local_ranks(world_size: int, device: str, function: Callable[..., Any], 
     Function, arguments and result must be picklable.
 
     Raises:
-        ValueError, OSError: those of rank 0.
-        RuntimeError: a rank failed or died otherwise; the rest has been ended.
+        ValueError, OSError: those of the first rank that has one; among them that a rank was killed.
+        RuntimeError: a rank failed otherwise.
+        ElsewhereError: a rank has told the user why it ended all.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     results = multiprocessing.get_context("spawn").SimpleQueue()
+    processes = torch_multiprocessing.start_processes(
+        _rank,
+        (world_size, port, device, results, function, arguments),
+        nprocs=world_size,
+        join=False,
+        start_method="spawn",
+    ).processes
+    outcomes: list[tuple[bool, Any]] = []
+    deadline = float("inf")
     try:
-        torch_multiprocessing.start_processes(
-            _rank, (world_size, port, device, results, function, arguments), nprocs=world_size, start_method="spawn"
+        while (alive := [process for process in processes if process.is_alive()]) and time.monotonic() < deadline:
+            connection.wait([process.sentinel for process in alive], timeout=0.5)
+            while not results.empty():
+                outcomes.append(results.get())
+            if any(process.exitcode for process in processes):
+                deadline = min(deadline, time.monotonic() + _GRACE)
+        statuses = [process.exitcode for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    while not results.empty():
+        outcomes.append(results.get())
+    for succeeded, value in outcomes:
+        if not succeeded:
+            raise value
+    killed = [(rank, status) for rank, status in enumerate(statuses) if status is not None and status < 0]
+    if killed:
+        names = ", ".join(f"rank {rank} ({signal.Signals(-status).name})" for rank, status in killed)
+        raise ChildProcessError(
+            f"of {world_size} ranks on this machine a signal ended {names}; SIGKILL may mean memory"
         )
-    except (torch_multiprocessing.ProcessRaisedException, torch_multiprocessing.ProcessExitedException) as error:
-        if results.empty():
-            raise RuntimeError(f"one of {world_size} local ranks failed: {error}") from None
-    succeeded, value = results.get()
-    if not succeeded:
-        raise value
-    return value
+    if any(statuses):
+        raise ElsewhereError("a rank says why")
+    return outcomes[0][1]
 
 
 def _rank(
@@ -47,12 +80,14 @@ def _rank(
     launch = Launch(launcher="local ranks", rank=rank, world_size=world_size, local_rank=rank, port=port)
     try:
         with join_ranks(device, launch=launch):
-            outcome = (True, function(launch, *arguments))
+            value = function(launch, *arguments)
     except ElsewhereError:
-        return  # rank 0 says why
+        sys.exit(1)
     except (ValueError, OSError) as error:
-        if rank != 0:
-            raise
-        outcome = (False, error)
+        results.put((False, error))
+        sys.exit(1)
+    except Exception:
+        results.put((False, RuntimeError(f"rank {rank} of {world_size} local ranks:\n{traceback.format_exc()}")))
+        sys.exit(1)
     if rank == 0:
-        results.put(outcome)
+        results.put((True, value))

@@ -108,15 +108,15 @@ class Watch:
         address: str,
         timeout: float,
         ledger: Ledger,
-        share: Callable[[int], int],
+        share: Callable[[str], str],
     ) -> None:
         """Begins to watch; all ranks call it.
 
         Args:
-            address: host name of rank 0.
+            address: where this rank is reached; that of rank 0 counts.
             timeout: seconds that a rank may wait for others.
             ledger: counts this rank's collectives.
-            share: gives rank 0's port to all ranks.
+            share: gives rank 0's text to all ranks.
         """
         self._rank, self._world_size, self._timeout, self._ledger = rank, world_size, timeout, ledger
         self._lost_after = min(timeout, LOST_AFTER)
@@ -127,8 +127,8 @@ class Watch:
         host = None
         if rank == 0:
             host = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=limit)
-        port = share(host.port if host is not None else 0)
-        self._store = host or dist.TCPStore(address, port, is_master=False, timeout=limit)
+        address, _, port = share(f"{address} {host.port if host else ''}").partition(" ")
+        self._store = host or dist.TCPStore(address, int(port), is_master=False, timeout=limit)
         self._judge = _Judge(world_size, timeout=timeout, lost_after=self._lost_after, quick=self._quick)
         self._beat, self._alarm, self._place, self._failed, self._left = 0, "", "", "", False
         self._clock = Clock(longest=5.0 * self._interval)
@@ -144,11 +144,6 @@ class Watch:
         if rank:
             threading.Thread(target=self._guard, name="janus-guard", daemon=True).start()
 
-    @property
-    def is_running(self) -> bool:
-        """Whether this rank is watched."""
-        return self._thread is not None
-
     def explain(self, error: BaseException) -> LostRanksError | None:
         """What lies behind the error of a collective. Called on the rank that met it; takes seconds.
 
@@ -156,6 +151,8 @@ class Watch:
             The error to raise on the rank that tells the user; None on all others.
         """
         reason = " ".join(str(error).split())
+        if self._thread is None:
+            return LostRanksError(f"the connection to another rank broke while the ranks met: {reason}")
         self._place = _collective_of(error)
         self._alarm = "timeout" if "imed out" in reason else "broken"
         if self._known.wait(3.0 * self._quick + 4.0 * self._interval) and self._verdict is not None:

@@ -11,7 +11,7 @@ from matris.cli.label_options import HelpFormatter
 from matris.config import LossConfig, ModelConfig
 from matris.layouts import Layout, parse_layouts
 from matris.presets import PRESETS
-from matris.train_config import DataConfig, OptimConfig, TrainConfig, TrainingConfig
+from matris.train_config import DataConfig, OptimConfig, ParallelConfig, TrainConfig, TrainingConfig
 
 if TYPE_CHECKING:
     from janus.mesh import Launch
@@ -73,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="where to compute; auto: under a launcher a GPU per rank where there are GPUs, else the CPU",
     )
     parser.add_argument(
-        "--timeout_minutes", type=float, default=30.0, help="how long a rank under a launcher waits for the others"
+        "--timeout_minutes", type=float, default=30.0, help="how long a rank waits for the others before the run ends"
     )
     parser.add_argument("--cache_dir", help="where raw files are prepared to [default: ~/.cache/janus-matris]")
     return parser
@@ -84,7 +84,16 @@ def main(arguments: list[str]) -> int:
     options = build_parser().parse_args(arguments)
     layouts = parse_layouts(options.layouts)
 
-    from janus.comm.collectives import ElsewhereError
+    from janus.mesh import ElsewhereError
+
+    try:
+        return _on_ranks(options, layouts)
+    except ElsewhereError:
+        return 2  # another rank says why
+
+
+def _on_ranks(options: argparse.Namespace, layouts: Sequence[Layout]) -> int:
+    """Exit status on the ranks of a launcher, or on ranks of our own."""
     from janus.comm.local import run_local_ranks
     from janus.mesh import join_ranks, read_launch
 
@@ -105,13 +114,10 @@ def main(arguments: list[str]) -> int:
     for layout in layouts:
         if launch.rank == 0 and layout.filled(launch.world_size) is None:
             print(f"not run: {layout.name}, for its {layout.num_ranks} ranks do not divide {launch.world_size}")
-    try:
-        with join_ranks(options.device, launch=launch, timeout_minutes=options.timeout_minutes):
-            config = _config(options, options.device, write_demo=launch.rank == 0)
-            passed = _run(launch, config, list(dict.fromkeys(fitting)), True)
-            return 0 if passed and len(fitting) == len(layouts) else 1
-    except ElsewhereError:
-        return 2  # rank 0 says why
+    with join_ranks(options.device, launch=launch, timeout_minutes=options.timeout_minutes):
+        config = _config(options, options.device, write_demo=launch.rank == 0)
+        passed = _run(launch, config, list(dict.fromkeys(fitting)), True)
+        return 0 if passed and len(fitting) == len(layouts) else 1
 
 
 def _config(options: argparse.Namespace, device: Literal["auto", "cpu", "cuda"], *, write_demo: bool) -> TrainConfig:
@@ -137,6 +143,7 @@ def _config(options: argparse.Namespace, device: Literal["auto", "cpu", "cuda"],
             magmoms_weight=float("magmoms" in options.terms),
         ),
         model=ModelConfig() if options.model else hyper,
+        parallel=ParallelConfig(distributed_timeout_minutes=options.timeout_minutes),
         init_from=options.model,
     )
 

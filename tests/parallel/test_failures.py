@@ -8,6 +8,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,25 @@ def run(
 ) -> None:
     """A rank: steps of a toy model; the victim acts in its third. Ends as the command line does."""
     begin(rank, world_size, port, folder)
+    steps(rank, folder, victim, act, layout)
+
+
+def run_adopted(
+    rank: int, world_size: int, port: int, folder: Path, victim: int, act: Callable[[], None], layout: dict[str, int]
+) -> None:
+    """The same inside of a process group that somebody else has made, who would wait for long, without a launcher."""
+    begin(rank, world_size, port, folder)
+    if rank == 0:
+        print("made", file=sys.stderr)
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", timeout=timedelta(seconds=10.0 * PATIENCE))
+    del os.environ["RANK"], os.environ["WORLD_SIZE"]
+    steps(rank, folder, victim, act, layout)
+
+
+def steps(rank: int, folder: Path, victim: int, act: Callable[[], None], layout: dict[str, int]) -> None:
+    """The steps of the two above."""
     import torch
 
     from janus.comm.collectives import gather_objects, sum_gradients
@@ -163,6 +183,16 @@ def test_a_rank_that_fails_is_named(tmp_path: Path) -> None:
     assert all(status not in (None, 0) for status in statuses)
     assert texts[0] == "error: rank 1 failed in step 3: RuntimeError: out of something\n"
     assert texts[2] == ""
+
+
+@pytest.mark.parametrize(("act", "victim"), [(die, 0), (die, 1), (halt, 1)])
+def test_a_lost_rank_of_a_group_that_existed(tmp_path: Path, act: Callable[[], None], victim: int) -> None:
+    statuses, texts, seconds = outcome(tmp_path, 2, victim, act, target=run_adopted)
+    assert statuses[1 - victim] not in (None, 0)
+    assert seconds < PATIENCE
+    assert texts[1 - victim].count("\n") == 1
+    assert texts[1 - victim].startswith(f"error: rank {victim} ")
+    assert "in step 3" in texts[1 - victim]
 
 
 def test_a_rank_of_a_layout_with_several_axes(tmp_path: Path) -> None:

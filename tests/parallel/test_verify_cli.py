@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
+import signal
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from janus.comm import adjoint
+from janus.comm.local import run_local_ranks
 from janus.mesh import Launch
+from janus.training.step import StepReport
 from matris.cli import main
+from matris.cli import verify as verb
 from matris.exported import save_model
+from matris.layouts import Layout
 from matris.model import MatRIS
+from matris.train_config import TrainConfig
 from tests.parallel.gate import MODEL, write_gate_files
 from tests.parallel.ranks import run_ranks
 
@@ -72,3 +81,41 @@ def test_as_plain_python(tmp_path: Path, capfd: pytest.CaptureFixture[str], monk
     missing = ["--data", str(tmp_path / "missing.xyz"), "--cache-dir", str(tmp_path)]
     assert main(["verify", "--layouts", "dp1", *missing]) == 2
     assert "missing.xyz" in capfd.readouterr().err
+
+
+def die(launch: Launch) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_rank_that_no_other_can_name() -> None:
+    with pytest.raises(ChildProcessError, match=r"of 1 ranks on this machine a signal ended rank 0 \(SIGKILL\)"):
+        run_local_ranks(1, "cpu", die)
+
+
+_VERIFY = verb._run
+
+
+def with_a_killed_rank(launch: Launch, config: TrainConfig, layouts: Sequence[Layout], with_head: bool) -> bool:
+    """As the verb does on each rank; the second is killed in its second update."""
+    from matris import verify
+
+    step = verify.train_step
+
+    def train_step(*arguments: Any, **options: Any) -> StepReport:
+        if launch.rank == 1 and arguments[1].step == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(*arguments, **options)
+
+    verify.train_step = train_step
+    return _VERIFY(launch, config, layouts, with_head)
+
+
+def test_a_killed_rank_of_its_own(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(verb, "_run", with_a_killed_rank)
+    assert main(["verify", "--layouts", "dp2", "--timeout-minutes", "1", *small(tmp_path)]) == 2
+    waiting, message = capfd.readouterr().err.splitlines()
+    assert waiting.startswith("waiting for 2 ranks (local ranks)")
+    assert message.startswith("janus-matris verify: error: rank 1 died or stopped in step 2: no sign of life for")
