@@ -41,7 +41,7 @@ LEVELS = {
         ("matris.reference_fit", "matris.readout"),
         ("matris.model",),
         ("matris.exported", "matris.loss", "matris.metrics"),
-        ("matris.reference", "matris.task", "matris.calculator", "matris.relax", "matris.md"),
+        ("matris.reference", "matris.pruning", "matris.task", "matris.calculator", "matris.relax", "matris.md"),
         ("matris.evaluation",),
         ("matris.setup",),
         ("matris.run_table", "matris.verify"),
