@@ -119,11 +119,13 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         pick_device("auto", 3)
 
 
-def test_ranks_that_do_not_come_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_that_do_not_come_are_told(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}.items():
+    place = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, value in place.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ConnectionError, match=r"rank 0: the 2 ranks \(torchrun\) did not meet at 127.0.0.1"):
+    with pytest.raises(ConnectionError, match=rf"rank {rank}: the 2 ranks \(torchrun\) did not meet at 127.0.0.1"):
         open_mesh("cpu", timeout_minutes=0.02).__enter__()
