@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogFormatter
 
 from janus.telemetry.csv_log import read_csv
+from matris.elements import SYMBOLS
 from matris.units import GPA, MILLI
 
 _CURVES = (
@@ -82,3 +85,48 @@ def _series(rows: list[dict[str, float]], name: str) -> tuple[np.ndarray, np.nda
     """Steps and values of the rows that have the value."""
     pairs = np.array([(row["step"], row[name]) for row in rows if name in row]).reshape(-1, 2)
     return pairs[:, 0], pairs[:, 1]
+
+
+def plot_experts(sites: Mapping[str, tuple[np.ndarray, np.ndarray]], elements: Sequence[int], output: Path) -> None:
+    """A periodic table for each site with routed experts: number and colour tell the expert with the largest gate,
+    opacity how large that is. Elements that the model was not trained on stay empty.
+
+    Args:
+        sites: by name, the experts (num_elements, topk) of Z = 1, 2, ... and their gates, largest first.
+        elements: atomic numbers that the model was trained on.
+    """
+    num_experts = 1 + max(int(experts.max()) for experts, _ in sites.values())
+    colours = colormaps["turbo"](np.linspace(0.05, 0.95, num_experts))
+    columns = min(2, len(sites))
+    rows = -(-len(sites) // columns)
+    figure = Figure(figsize=(9.0 * columns, 5.0 * rows), layout="constrained")
+    panels = np.ravel(figure.subplots(rows, columns, squeeze=False))
+    for panel, (name, (experts, gates)) in zip(panels, sites.items(), strict=False):
+        panel.set_title(name)
+        for number in range(1, len(experts) + 1):
+            column, row = _place(number)
+            known = number in elements
+            expert, gate = int(experts[number - 1, 0]), float(gates[number - 1, 0])
+            face = (*colours[expert][:3], gate) if known else "white"
+            panel.add_patch(Rectangle((column, row), 1, 1, facecolor=face, edgecolor="0.7", linewidth=0.5))
+            panel.text(column + 0.5, row + 0.35, SYMBOLS[number], ha="center", va="center", fontsize=8)
+            if known:
+                panel.text(column + 0.5, row + 0.75, str(expert), ha="center", va="center", fontsize=6)
+        panel.set(xlim=(-0.1, 18.1), ylim=(9.7, -0.1), aspect="equal")
+    for panel in panels:
+        panel.axis("off")
+    figure.savefig(output, dpi=120)
+
+
+_NOBLE = (0, 2, 10, 18, 36, 54, 86, 118)
+
+
+def _place(number: int) -> tuple[int, float]:
+    """Column and row of an element in the periodic table; lanthanides and actinides lie below it."""
+    for first, row in ((57, 7.6), (89, 8.6)):
+        if first <= number < first + 15:
+            return 2 + number - first, row
+    period = int(np.searchsorted(_NOBLE, number)) - 1
+    from_left = number - _NOBLE[period] - 1
+    in_s_block = from_left < (1 if period == 0 else 2)
+    return from_left if in_s_block else 17 + number - _NOBLE[period + 1], period

@@ -24,7 +24,7 @@ def main(arguments: list[str]) -> int:
     """Exit status 0; a mistake in the options ends the process with 2."""
     parser = argparse.ArgumentParser(
         prog=PROG,
-        usage=f"{PROG} [--json] (--model DIR | [--preset NAME] [--model.FIELD VALUE ...])",
+        usage=f"{PROG} [--json] (--model DIR [--plot FILE.png] | [--preset NAME] [--model.FIELD VALUE ...])",
         description="Parameters, hyper-parameters, elements and provenance of a saved model, or of one to be made.",
         epilog="hyper-parameters and their defaults, Angstrom (`janus-matris train --help` explains them):\n"
         + "\n".join(f"  --model.{field.name} {_option(field.default)}" for field in fields(ModelConfig)),
@@ -34,12 +34,17 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--model", type=Path, metavar="DIR", help="model directory")
     parser.add_argument("--preset", choices=PRESETS, help="a published size, to start from")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE.png", help="draw which experts serve which elements; with --model only"
+    )
     options, rest = parser.parse_known_args(arguments)
     if options.model is not None:
         if rest or options.preset:
             parser.error(f"--model DIR is complete by itself: {' '.join(rest) or '--preset'} cannot be added")
-        facts = _of_directory(options.model)
+        facts = _of_directory(options.model, options.plot)
     else:
+        if options.plot is not None:
+            parser.error("--plot draws the experts of a saved model: give --model DIR")
         facts = _of_config(_hyper_parameters(options.preset, rest))
     print(json.dumps(facts, indent=1) if options.json else _table(facts))
     return 0
@@ -53,11 +58,28 @@ def _hyper_parameters(preset: str | None, arguments: list[str]) -> ModelConfig:
     return ModelConfig(**vars(parser.parse_args(arguments).model))
 
 
-def _of_directory(directory: Path) -> dict[str, Any]:
+def _of_directory(directory: Path, picture: Path | None) -> dict[str, Any]:
     from matris.exported import load_model, read_config
 
     config = read_config(directory)
-    return config | _counts(load_model(directory))  # verifies the checksum as well
+    model = load_model(directory)  # verifies the checksum as well
+    if picture is not None:
+        _draw_experts(model, picture)
+    return config | _counts(model)
+
+
+def _draw_experts(model: MatRIS, picture: Path) -> None:
+    from matris.blocks.moe import RoutedExperts
+    from matris.plots import plot_experts
+
+    sites = {}
+    for name, module in model.named_modules():
+        if isinstance(module, RoutedExperts):
+            experts, gates = module.router()
+            sites[name] = experts.numpy(), gates.detach().numpy()
+    if not sites:
+        raise ValueError(f"--plot {picture}: the model has no experts to draw")
+    plot_experts(sites, model.elements, picture)
 
 
 def _of_config(hyper: ModelConfig) -> dict[str, Any]:

@@ -9,8 +9,12 @@ from pathlib import Path
 import pytest
 
 from matris.cli import main
+from matris.elements import SYMBOLS
 from matris.exported import save_model
 from matris.model import MatRIS
+from matris.plots import _place
+from tests.matris.structures import EXPERTS
+from tests.matris.structures import tiny_model as make_model
 
 
 def test_directory(tiny_model_directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -61,3 +65,28 @@ def test_bad_input(arguments: list[str], words: str, capsys: pytest.CaptureFixtu
         status = end.code
     assert status == 2
     assert words in capsys.readouterr().err
+
+
+def test_picture_of_the_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_model(make_model(EXPERTS), tmp_path / "experts", provenance={})
+    save_model(make_model(), tmp_path / "dense", provenance={})
+    picture = tmp_path / "experts.png"
+    assert main(["info", "--model", str(tmp_path / "experts"), "--plot", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    for words, message in (
+        (["--model", str(tmp_path / "dense")], "no experts to draw"),
+        (["--preset", "moe-s"], "give --model DIR"),
+    ):
+        try:
+            status = main(["info", *words, "--plot", str(tmp_path / "none.png")])
+        except SystemExit as end:
+            status = end.code
+        assert status == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_every_element_has_a_place_of_its_own() -> None:
+    places = {_place(number): SYMBOLS[number] for number in range(1, 119)}
+    assert len(places) == 118
+    assert [places[column, 3] for column in (0, 2, 16, 17)] == ["K", "Sc", "Br", "Kr"]
