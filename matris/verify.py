@@ -65,11 +65,13 @@ class Row:
         layout: of how many ranks and which.
         errors: largest relative error by field of `Measurement`; those that are empty are left out.
         tolerance: what is allowed.
+        unchecked: fields whose error says nothing, see `find_unchecked`.
     """
 
     layout: Layout
     errors: dict[str, float]
     tolerance: float
+    unchecked: frozenset[str] = frozenset()
 
     @property
     def passed(self) -> bool:
@@ -101,7 +103,12 @@ def verify(config: TrainConfig, layouts: Sequence[Layout], launch: Launch, *, fl
             if reference is None:
                 reference = _on_first_rank(alone, mesh)
             found = measure(replace(config, parallel=layout.applied(config.parallel)), mesh)
-            yield Row(layout=layout, errors=compare(found, reference, floor), tolerance=tolerance)
+            yield Row(
+                layout=layout,
+                errors=compare(found, reference, floor),
+                tolerance=tolerance,
+                unchecked=find_unchecked(found, reference),
+            )
 
 
 def _on_first_rank(config: TrainConfig, mesh: Mesh) -> Measurement:
@@ -148,6 +155,20 @@ def compare(found: Measurement, expected: Measurement, floor: float = FLOOR) -> 
         for entry in fields(Measurement)
         if getattr(expected, entry.name) or getattr(found, entry.name)
     }
+
+
+def find_unchecked(found: Measurement, expected: Measurement) -> frozenset[str]:
+    """Quantities that are zero or undefined throughout, on both sides: nothing in them can be wrong.
+
+    So are gradients of a term without labels in the data, or the stress of molecules.
+    """
+    return frozenset(
+        entry.name
+        for entry in fields(Measurement)
+        if not any(
+            value.nan_to_num().any() for side in (found, expected) for value in getattr(side, entry.name).values()
+        )
+    )
 
 
 def largest_error(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], floor: float = FLOOR) -> float:

@@ -170,8 +170,16 @@ def _run(launch: Launch, config: TrainConfig, layouts: Sequence[Layout], with_he
             names = [_HEADS[name] for name in row.errors]
             if with_head:
                 print(f"{'layout':<{width}} ranks " + " ".join(f"{name:>9}" for name in names), flush=True)
+                if empty := [_HEADS[name] for name in row.errors if name in row.unchecked]:
+                    print(
+                        f"-: {', '.join(empty)} not checked: zero or undefined throughout. A gradient is zero without "
+                        "labels of its term in the first batch, a stress is undefined without a cell",
+                        flush=True,
+                    )
                 with_head = False
-            errors = " ".join(f"{error:>9.1e}" for error in row.errors.values())
+            errors = " ".join(
+                f"{'-':>9}" if name in row.unchecked else f"{error:>9.1e}" for name, error in row.errors.items()
+            )
             verdict = "ok" if row.passed else f"FAIL, allowed is {row.tolerance:g}"
             print(f"{row.layout.name:<{width}} {launch.world_size:>5} {errors}  {verdict}", flush=True)
     return passed

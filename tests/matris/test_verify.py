@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields, replace
 
 import pytest
 import torch
 
 from matris.config import LossConfig
 from matris.layouts import Layout
-from matris.verify import Row, largest_error, only
+from matris.verify import Measurement, Row, find_unchecked, largest_error, only
 
 
 def test_errors_are_relative_to_the_largest_value_of_a_tensor() -> None:
@@ -34,6 +35,15 @@ def test_one_large_error_fails_a_row() -> None:
     assert Row(layout=Layout(), errors={"energy": 1e-12}, tolerance=1e-10).passed
     assert not Row(layout=Layout(), errors={"energy": 1e-12, "norm": 1e-9}, tolerance=1e-10).passed
     assert not Row(layout=Layout(), errors={"norm": math.inf}, tolerance=1e-10).passed
+
+
+def test_what_is_zero_throughout_on_both_sides_is_not_a_check() -> None:
+    number, nothing = {"a": torch.ones(2)}, {"a": torch.zeros(2), "b": torch.tensor(math.nan)}
+    names = [entry.name for entry in fields(Measurement)]
+    expected = Measurement(**{name: nothing if name.startswith("stress") else number for name in names})
+    assert find_unchecked(expected, expected) == {"stress", "stress_gradient"}
+    # What only the layout has is an error.
+    assert find_unchecked(replace(expected, stress_gradient=number), expected) == {"stress"}
 
 
 def test_one_term_of_the_loss() -> None:

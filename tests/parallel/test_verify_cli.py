@@ -10,7 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import ase.build
+import ase.io
+import numpy as np
 import pytest
+from ase.calculators.singlepoint import SinglePointCalculator
 
 from janus.comm import adjoint
 from janus.comm.local import run_local_ranks
@@ -81,6 +85,21 @@ def test_as_plain_python(tmp_path: Path, capfd: pytest.CaptureFixture[str], monk
     missing = ["--data", str(tmp_path / "missing.xyz"), "--cache-dir", str(tmp_path)]
     assert main(["verify", "--layouts", "dp1", *missing]) == 2
     assert "missing.xyz" in capfd.readouterr().err
+
+
+def test_what_the_data_cannot_check_is_said(tmp_path: Path) -> None:
+    """Molecules have no stress, and these files no such labels."""
+    molecules = [ase.build.molecule(name) for name in ("H2O", "CH4")]
+    for atoms in molecules:
+        atoms.calc = SinglePointCalculator(atoms, energy=-1.0, forces=np.full((len(atoms), 3), 0.1))
+    ase.io.write(tmp_path / "molecules.xyz", molecules, format="extxyz")
+    arguments = ["--layouts", "dp2", "--data", str(tmp_path / "molecules.xyz"), "--cache-dir", str(tmp_path)]
+    status, output, errors = run_ranks(2, command, arguments, False, with_mesh=False)[0]
+    assert status == 0, errors
+    head, said, row = output.splitlines()
+    assert said.startswith("-: stress, grad S not checked: zero or undefined throughout.")
+    shown = dict(zip(head.replace("grad ", "grad_").split(), row.split(), strict=False))
+    assert [name for name, value in shown.items() if value == "-"] == ["stress", "grad_S"]
 
 
 def die(launch: Launch) -> None:
