@@ -12,6 +12,7 @@ import jsonargparse
 
 from matris.config import ModelConfig
 from matris.elements import SYMBOLS
+from matris.layouts import Layout, parse_layout
 from matris.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ def main(arguments: list[str]) -> int:
     """Exit status 0; a mistake in the options ends the process with 2."""
     parser = argparse.ArgumentParser(
         prog=PROG,
-        usage=f"{PROG} [--json] (--model DIR [--plot FILE.png] | [--preset NAME] [--model.FIELD VALUE ...])",
+        usage=f"{PROG} [--json] [--layout NAME] "
+        "(--model DIR [--plot FILE.png] | [--preset NAME] [--model.FIELD VALUE ...])",
         description="Parameters, hyper-parameters, elements and provenance of a saved model, or of one to be made.",
         epilog="hyper-parameters and their defaults, Angstrom (`janus-matris train --help` explains them):\n"
         + "\n".join(f"  --model.{field.name} {_option(field.default)}" for field in fields(ModelConfig)),
@@ -37,15 +39,22 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--plot", type=Path, metavar="FILE.png", help="draw which experts serve which elements; with --model only"
     )
+    parser.add_argument(
+        "--layout",
+        metavar="NAME",
+        help="also the memory that training needs on each rank of a layout such as fsdp64xtp2 (as `verify` writes "
+        "them), without activations, which depend on the batch",
+    )
     options, rest = parser.parse_known_args(arguments)
+    layout = None if options.layout is None else parse_layout(options.layout)
     if options.model is not None:
         if rest or options.preset:
             parser.error(f"--model DIR is complete by itself: {' '.join(rest) or '--preset'} cannot be added")
-        facts = _of_directory(options.model, options.plot)
+        facts = _of_directory(options.model, options.plot, layout)
     else:
         if options.plot is not None:
             parser.error("--plot draws the experts of a saved model: give --model DIR")
-        facts = _of_config(_hyper_parameters(options.preset, rest))
+        facts = _of_config(_hyper_parameters(options.preset, rest), layout)
     print(json.dumps(facts, indent=1) if options.json else _table(facts))
     return 0
 
@@ -58,14 +67,14 @@ def _hyper_parameters(preset: str | None, arguments: list[str]) -> ModelConfig:
     return ModelConfig(**vars(parser.parse_args(arguments).model))
 
 
-def _of_directory(directory: Path, picture: Path | None) -> dict[str, Any]:
+def _of_directory(directory: Path, picture: Path | None, layout: Layout | None) -> dict[str, Any]:
     from matris.exported import load_model, read_config
 
     config = read_config(directory)
     model = load_model(directory)  # verifies the checksum as well
     if picture is not None:
         _draw_experts(model, picture)
-    return config | _counts(model)
+    return config | _counts(model, layout)
 
 
 def _draw_experts(model: MatRIS, picture: Path) -> None:
@@ -82,21 +91,34 @@ def _draw_experts(model: MatRIS, picture: Path) -> None:
     plot_experts(sites, model.elements, picture)
 
 
-def _of_config(hyper: ModelConfig) -> dict[str, Any]:
+def _of_config(hyper: ModelConfig, layout: Layout | None) -> dict[str, Any]:
     import torch
 
     from matris.model import MatRIS
 
     with torch.device("meta"):  # shapes alone: the largest have billions of parameters
         model = MatRIS(hyper)
-    return {"model": hyper.to_dict()} | _counts(model)
+    return {"model": hyper.to_dict()} | _counts(model, layout)
 
 
-def _counts(model: MatRIS) -> dict[str, Any]:
+def _counts(model: MatRIS, layout: Layout | None) -> dict[str, Any]:
+    from janus.sharding import weight_memory
     from matris.exported import num_parameters
 
     total = num_parameters(model)
-    return {"parameters": total, "total_parameters": total, "active_parameters": model.num_active_parameters()}
+    counts = {"parameters": total, "total_parameters": total, "active_parameters": model.num_active_parameters()}
+    if layout is None:
+        return counts
+    memory = weight_memory(model, model.sharding_units(), shards=layout.shard, tensor=layout.tensor)
+    return counts | {
+        "training_memory_per_rank": {
+            "layout": layout.name,
+            "ranks": layout.num_ranks,
+            "held_bytes": memory.held,
+            "gathered_bytes": memory.gathered,
+            "total_GiB": round((memory.held + memory.gathered) / 2**30, 2),
+        }
+    }
 
 
 def _table(facts: dict[str, Any]) -> str:

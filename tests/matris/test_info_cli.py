@@ -90,3 +90,23 @@ def test_every_element_has_a_place_of_its_own() -> None:
     places = {_place(number): SYMBOLS[number] for number in range(1, 119)}
     assert len(places) == 118
     assert [places[column, 3] for column in (0, 2, 16, 17)] == ["K", "Sc", "Br", "Kr"]
+
+
+def test_memory_of_a_layout(capsys: pytest.CaptureFixture[str]) -> None:
+    def memory(layout: str) -> tuple[int, dict[str, int]]:
+        assert main(["info", "--preset", "moe-tiny", "--layout", layout, "--json"]) == 0
+        facts = json.loads(capsys.readouterr().out)
+        return facts["total_parameters"], facts["training_memory_per_rank"]
+
+    parameters, alone = memory("dp4")
+    frozen = 118  # reference energies, fp64: neither gradient nor moments nor average
+    assert alone["held_bytes"] == 5 * 4 * (parameters - frozen) + 8 * frozen
+    assert alone["gathered_bytes"] == 0
+    _, sharded = memory("fsdp4")
+    assert sharded["held_bytes"] == pytest.approx(alone["held_bytes"] / 4, rel=1e-3)
+    assert sharded["gathered_bytes"] > 2 * 4 * (parameters - frozen)
+    _, split = memory("fsdp4xtp2")
+    assert split["ranks"] == 8
+    assert 0.5 < split["held_bytes"] / sharded["held_bytes"] < 0.6
+    assert main(["info", "--preset", "moe-tiny", "--layout", "fsdp4xpp2"]) == 2
+    assert "no axis" in capsys.readouterr().err

@@ -19,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from janus.comm.adjoint import copy
 from janus.mesh import Mesh
 from janus.optim import AdamWConfig, Schedule
-from janus.sharding import Weights
+from janus.sharding import Weights, weight_memory
+from janus.sharding.memory import COPIES
 from janus.sharding.passes import Passes
 from janus.training.learner import Learner
 from janus.training.step import StepReport, accumulate_gradients, train_step
@@ -189,6 +190,8 @@ def measured(mesh: Mesh, case: Case) -> dict[str, Any]:
     held = [*learner.weights.leaves, *(leaf.grad for leaf in learner.weights.leaves), *learner.ema.average.values()]
     held += [moment for state in learner._optimizer_state().values() for moment in state.values() if moment.ndim]
     result["held"] = sum(value.nbytes for value in held if value is not None)
+    whole = ToyEnergy(Mesh(), case)
+    result["counted"] = weight_memory(whole, whole.units, shards=mesh.shard.size, tensor=mesh.tensor.size)
     if passes is not None:
         settle(passes)
         result["left"] = passes.live_bytes
@@ -313,12 +316,12 @@ def check_memory_and_traffic(found: Mapping[str, Any], case: Case, shards: int) 
 
 
 def check_held(found: Mapping[str, Any], case: Case, shards: int) -> None:
-    """Weights, gradients, two moments and average, of this rank's part alone."""
-    outside = 8  # the scalar that no unit holds
-    padded = sum(found["units"]) // shards
-    if not case.frozen:
-        unpadded = found["held"] - 2 * padded - 5 * outside  # moments and average have no padding
-        assert 0 <= 3 * padded - unpadded < 3 * 8 * shards * len(found["units"])
+    """What a rank holds is what was counted from the shapes, up to the padding of the shards."""
+    if case.frozen:
+        return
+    assert abs(found["counted"].held - found["held"]) < COPIES * 8 * shards * len(found["units"])
+    gathered = sum(found["units"]) * 2 + max(found["units"])
+    assert abs(found["counted"].gathered - gathered) < 2 * 8 * shards * len(found["units"])
 
 
 def check_early_updates(found: Mapping[str, Any], case: Case, has_replicas: bool) -> None:
