@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from ase import Atoms
 from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
@@ -29,8 +30,9 @@ class MatRISCalculator(Calculator):
 
     Results: `energy` and `free_energy` (eV, equal: there are no electrons to smear), `energies` (N,) eV per atom,
     `forces` (N, 3) eV/A, `stress` (6,) eV/A^3 in the order xx yy zz yz xz xy, positive when tensile, and `magmoms` (N,)
-    Bohr magnetons, if the model was trained on them. The stress is defined for cells that are periodic in all three
-    directions only; asking for another one raises ASE's `PropertyNotImplementedError`.
+    Bohr magnetons, if the model was trained on them. The stress of a slab or a wire is per volume of its
+    cell, vacuum included, as electronic-structure codes give it. Without a periodic direction, or without a volume,
+    there is none: asking for it raises ASE's `PropertyNotImplementedError`.
 
     Args:
         model: directory of a saved model, or a model; of a model a copy is taken, so later training does not matter.
@@ -78,16 +80,16 @@ class MatRISCalculator(Calculator):
         super().calculate(atoms, properties, system_changes)
         structure = Structure.from_atoms(self.atoms)
         self.model.check_elements(structure.numbers)
-        periodic = bool(structure.pbc.all())
-        if "stress" in properties and not periodic:
+        has_stress = bool(structure.pbc.any()) and np.linalg.det(structure.cell) != 0.0
+        if "stress" in properties and not has_stress:
             raise PropertyNotImplementedError(
-                f"stress of a structure with pbc {structure.pbc.tolist()}: it is a derivative per volume, so the cell "
-                "must be periodic in all three directions"
+                f"stress of a structure with pbc {structure.pbc.tolist()} and cell {structure.cell.tolist()}: it is a "
+                "derivative per volume, so the structure must be periodic in a direction, and the cell have a volume"
             )
         hyper = self.model.hyper
         graph = build_graph(structure, pairwise_cutoff=hyper.pairwise_cutoff, three_body_cutoff=hyper.three_body_cutoff)
         batch = collate_graphs([graph]).to(self.device)
-        prediction = self.model(batch, stress=periodic)
+        prediction = self.model(batch, stress=has_stress)
         reference = self.model.reference_energies[batch.numbers - 1]
         energy = prediction.energy.item()
         results: dict[str, Any] = {
@@ -98,7 +100,7 @@ class MatRISCalculator(Calculator):
         }
         if prediction.magmoms is not None:
             results["magmoms"] = prediction.magmoms.cpu().numpy()
-        if periodic:
+        if has_stress:
             results["stress"] = full_3x3_to_voigt_6_stress(prediction.stress[0].cpu().numpy())
         self.results = results
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -55,7 +56,10 @@ def read_reference(source: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not source.is_file():
         raise ValueError(f"{source} is not a file: expected a checkpoint of the reference package (.pth.tar)")
     try:
-        content = torch.load(source, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # A pickle protocol other than torch's own; what it cannot read is an error below.
+            warnings.filterwarnings("ignore", message=".*pickle protocol", category=UserWarning)
+            content = torch.load(source, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # Torch's message is not repeated: it advises to load the file with `weights_only=False`.
         if "Unsupported operand" in str(error):

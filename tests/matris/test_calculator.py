@@ -6,6 +6,7 @@ import copy
 import pickle
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -70,9 +71,21 @@ def test_voigt_order(calculator: MatRISCalculator, copper: Atoms) -> None:
     assert copper.get_stress(voigt=False) == pytest.approx(np.array([[xx, xy, xz], [xy, yy, yz], [xz, yz, zz]]))
 
 
-@pytest.mark.parametrize("pbc", [False, (True, True, False)])
-def test_stress_needs_three_periodic_directions(calculator: MatRISCalculator, copper: Atoms, pbc: object) -> None:
-    copper.pbc = pbc
+def test_stress_of_a_slab(calculator: MatRISCalculator, copper: Atoms) -> None:
+    copper.pbc = (True, True, False)
+    copper.center(vacuum=5.0, axis=2)
+    copper.calc = calculator
+    assert copper.get_stress() == pytest.approx(calculate_numerical_stress(copper, eps=1e-5), abs=1e-8)
+    assert np.abs(copper.get_stress()).max() > 1e-6
+
+
+@pytest.mark.parametrize("change", [{"pbc": False}, {"pbc": (True, True, False), "cell": [4.0, 4.0, 0.0]}])
+def test_no_stress_without_a_period_or_a_volume(
+    calculator: MatRISCalculator, copper: Atoms, change: dict[str, Any]
+) -> None:
+    if "cell" in change:
+        copper.set_cell(change["cell"])
+    copper.pbc = change["pbc"]
     copper.calc = calculator
     assert np.isfinite(copper.get_forces()).all()
     with pytest.raises(PropertyNotImplementedError, match="periodic"):

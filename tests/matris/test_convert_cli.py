@@ -62,6 +62,12 @@ def test_converts_and_describes(checkpoint: Path, tmp_path: Path, capsys: pytest
     assert "reference package matris" in capsys.readouterr().out
 
 
+def test_other_pickle_protocol_needs_no_remark(checkpoint: Path, tmp_path: Path) -> None:
+    source = tmp_path / "protocol.pth.tar"
+    torch.save(torch.load(checkpoint, weights_only=True), source, pickle_protocol=3)
+    assert main([*CONVERT, "--input", str(source), "--output", str(tmp_path / "model")]) == 0
+
+
 def test_unwritable_output(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     assert main([*CONVERT, "--input", str(checkpoint), "--output", str(tmp_path / "file" / "model")]) == 2
