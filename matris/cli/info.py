@@ -128,12 +128,17 @@ def _table(facts: dict[str, Any]) -> str:
             value = {symbol: energy for symbol, energy in value.items() if energy != 0.0} or "all zero"
         if name == "elements" and tuple(value) != SYMBOLS[1 : len(value) + 1]:  # not all from hydrogen on
             value = ",".join(value)
-        if isinstance(value, dict):
-            lines.append(f"{name}:")
-            lines += [f"  {key:<24} {_plain(entry)}" for key, entry in value.items()]
-        else:
-            lines.append(f"{name:<26} {_plain(value)}")
+        lines += _lines(name, value, indent=0)
     return "\n".join(lines)
+
+
+def _lines(name: str, value: Any, indent: int) -> list[str]:
+    """A line for a value, or the name and a line for each entry."""
+    blanks = " " * indent
+    if isinstance(value, dict) and value:
+        inner = [line for key, entry in value.items() for line in _lines(key, entry, indent + 2)]
+        return [f"{blanks}{name}:", *inner]
+    return [f"{blanks}{name:<{26 - indent}} {_plain(value)}"]
 
 
 def _option(value: Any) -> str:

@@ -182,8 +182,8 @@ def check_wanted(report: PrepareReport, wanted: Iterable[str], keys: LabelKeys, 
             continue
         raise ValueError(
             f"{where}: no frame has the label {name!r}, looked for under {', '.join(given or SEARCH_ORDER[name])}; "
-            f"keys in the data: {', '.join(report.keys) or 'none'}. Give its key ({name}_key), or do not ask for "
-            "this label"
+            f"keys in the data: {', '.join(report.keys) or 'none'}. Give its key (--{name}_key, "
+            f"in train --data.{name}_key), or do not ask for this label"
         )
 
 
