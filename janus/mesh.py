@@ -244,10 +244,11 @@ def open_mesh(
     made_state = False
     watch, failure, lost, quiet = Watch(), None, False, False
     try:
+        ledger = Ledger()
+        if watched:  # first, for making groups waits for all ranks, too
+            watch.start(dist.get_rank(), world_size, _own_address(launch), 60.0 * timeout_minutes, ledger, _share)
         made_state = _set_parallel_state(layout)
-        mesh = _mesh_of_state(layout, launch.local_rank, place, watch)
-        if watched:
-            watch.start(mesh.rank, world_size, _own_address(launch), 60.0 * timeout_minutes, mesh.ledger, _share)
+        mesh = _mesh_of_state(layout, launch.local_rank, place, watch, ledger)
         yield mesh
     except BaseException as error:
         failure = error
@@ -426,11 +427,11 @@ def _set_parallel_state(layout: _Layout) -> bool:
     return False
 
 
-def _mesh_of_state(layout: _Layout, local_rank: int, device: torch.device, watch: Watch) -> Mesh:
+def _mesh_of_state(layout: _Layout, local_rank: int, device: torch.device, watch: Watch, ledger: Ledger) -> Mesh:
     """The mesh over Megatron's groups, and over those that the shard axis needs besides (made here, by all ranks)."""
     from megatron.core import parallel_state
 
-    rank, ledger = dist.get_rank(), Ledger()
+    rank = dist.get_rank()
     shape = (layout.data, layout.shard, layout.graph, layout.tensor)
     grid = np.arange(dist.get_world_size()).reshape(shape)
     place = np.unravel_index(rank, shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import sys
@@ -92,6 +93,10 @@ def run_adopted(
 
     dist.init_process_group("gloo", timeout=timedelta(seconds=10.0 * PATIENCE))
     del os.environ["RANK"], os.environ["WORLD_SIZE"]
+    if layout.pop("early", 0):
+        (folder / f"{rank}.ready").touch()
+        if rank == victim:
+            act()
     steps(rank, folder, victim, act, layout)
 
 
@@ -193,6 +198,14 @@ def test_a_lost_rank_of_a_group_that_existed(tmp_path: Path, act: Callable[[], N
     assert texts[1 - victim].count("\n") == 1
     assert texts[1 - victim].startswith(f"error: rank {victim} ")
     assert "in step 3" in texts[1 - victim]
+
+
+def test_a_rank_that_dies_before_the_mesh_is_open(tmp_path: Path) -> None:
+    statuses, texts, seconds = outcome(tmp_path, 2, 1, die, {"early": 1}, target=run_adopted)
+    assert statuses[0] not in (None, 0)
+    assert seconds < PATIENCE
+    assert re.match("error: (the connection to another rank broke|rank 1 died or stopped before the first)", texts[0])
+    assert texts[0].count("\n") == 1
 
 
 def test_a_rank_of_a_layout_with_several_axes(tmp_path: Path) -> None:

@@ -129,6 +129,7 @@ def with_a_killed_rank(launch: Launch, config: TrainConfig, layouts: Sequence[La
     return _VERIFY(launch, config, layouts, with_head)
 
 
+@pytest.mark.slow
 def test_a_killed_rank_of_its_own(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
