@@ -30,6 +30,19 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max_atoms", type=int, help="atoms per micro-batch of one process")
     parser.add_argument("--max_edges", type=int, help="directed edges per micro-batch")
     parser.add_argument("--max_angles", type=int, help="angles per micro-batch")
+    parser.add_argument(
+        "--context_parallel_size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes that share the atoms of each structure, for structures too large for one; limits of a "
+        "micro-batch count whole structures",
+    )
+    parser.add_argument(
+        "--graph_partitioner",
+        choices=["morton", "index", "balanced"],
+        help="who owns which atom, with --context_parallel_size above 1 [default: morton]",
+    )
     parser.add_argument("--num_workers", type=int, default=0, help="processes that build graphs ahead")
     parser.add_argument("--cache_dir", help="where raw files are prepared to [default: ~/.cache/janus-matris]")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
@@ -72,9 +85,14 @@ def _evaluate(options: argparse.Namespace) -> int:
         if path.is_dir():
             raise ValueError(f"{name} {path} is a directory: give the name of a file")
         check_writable(path.parent)
-    with open_mesh(options.device) as mesh:
+    if options.context_parallel_size == 1 and options.graph_partitioner is not None:
+        raise ValueError(
+            f"--graph_partitioner {options.graph_partitioner} has nothing to divide with --context_parallel_size 1: "
+            "leave it out, or let several processes share the atoms"
+        )
+    with open_mesh(options.device, graph=options.context_parallel_size) as mesh:
         precision = set_precision(options.precision, mesh.device)
-        model = load_model(options.model, precision=precision).to(mesh.device)
+        model = load_model(options.model, precision=precision, mesh=mesh).to(mesh.device)
 
         refuse_idle_keys(options.data, label_keys(options))
 
@@ -103,6 +121,7 @@ def _evaluate(options: argparse.Namespace) -> int:
                 max_atoms=options.max_atoms, max_edges=options.max_edges, max_angles=options.max_angles
             ),
             num_workers=options.num_workers,
+            partitioner=options.graph_partitioner or "morton",
         )
         evaluation = evaluate_dataset(model, dataset, mesh, portions)
         if mesh.is_main:
