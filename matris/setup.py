@@ -195,6 +195,7 @@ def _open_datasets(config: TrainConfig, hyper: ModelConfig) -> Datasets:
             cache_dir=data.cache_dir,
             num_workers=data.num_workers,
             split_key=split_key,
+            option_prefix="--data.",
         )
 
     # Stress may be missing everywhere (molecules); what has a weight otherwise must be in some structure.
@@ -209,7 +210,10 @@ def _open_datasets(config: TrainConfig, hyper: ModelConfig) -> Datasets:
         if dataset is None:
             continue
         if not any(present.any() for present in vars(dataset.label_presence).values()):
-            raise ValueError(f"data.{name} has no label at all: {', '.join(getattr(data, name))}")
+            raise ValueError(
+                f"data.{name} has no label at all: {', '.join(getattr(data, name))}. Give the keys that the files have "
+                "(--data.energy_key, --data.forces_key, ...), or other files"
+            )
         if dataset.task_names != train.task_names[:1]:
             found = sorted({*train.task_names, *dataset.task_names})
             raise ValueError(

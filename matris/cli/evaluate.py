@@ -111,7 +111,8 @@ def _evaluate(options: argparse.Namespace) -> int:
         dataset = open_data()
         if not any(present.any() for present in vars(dataset.label_presence).values()):
             raise ValueError(
-                f"{', '.join(options.data)}: no structure has a label, so there is nothing to compare with"
+                f"{', '.join(options.data)}: no structure has a label, so there is nothing to compare with. Give the "
+                "keys that the files have (--energy_key, --forces_key, ...), or other files"
             )
         for store in dataset.stores:
             model.check_elements(np.unique(store.column("numbers")))

@@ -157,6 +157,7 @@ def open_dataset(
     num_workers: int = 0,
     progress: bool = False,
     split_key: str | None = None,
+    option_prefix: str = "--",
 ) -> StructureDataset:
     """Stores as they are; other files prepared on first use into a cache, by one process while others wait.
 
@@ -171,6 +172,7 @@ def open_dataset(
         num_workers: processes that prepare.
         progress: show bars.
         split_key: info entry by which the records are grouped; stores must have been prepared with it.
+        option_prefix: of the options for keys, as messages name them.
     Raises:
         ValueError: unreadable or corrupt files, a wanted label found nowhere, no record.
     """
@@ -190,7 +192,7 @@ def open_dataset(
     for path in paths:
         files = expand_path(str(path))
         if file_kind(files[0]) is not FileKind.store:
-            files = [str(_prepare_into_cache(str(path), files, cache, options, num_workers, progress))]
+            files = [str(_prepare_into_cache(str(path), files, cache, options, num_workers, progress, option_prefix))]
         for file in files:
             store = StoreReader(file)
             if split_key is not None:
@@ -201,12 +203,18 @@ def open_dataset(
     where = ", ".join(map(str, paths))
     if not len(dataset):
         raise ValueError(f"{where}: no structure at all")
-    check_wanted(dataset.report, wanted, keys, where)
+    check_wanted(dataset.report, wanted, keys, where, option_prefix=option_prefix)
     return dataset
 
 
 def _prepare_into_cache(
-    path: str, files: list[str], cache: Path, options: PrepareOptions, num_workers: int, progress: bool
+    path: str,
+    files: list[str],
+    cache: Path,
+    options: PrepareOptions,
+    num_workers: int,
+    progress: bool,
+    option_prefix: str,
 ) -> Path:
     stats = [(os.path.realpath(file), os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
     digest = hashlib.sha256(json.dumps([stats, asdict(options)]).encode()).hexdigest()[:16]
@@ -214,7 +222,15 @@ def _prepare_into_cache(
     if not output.exists():
         logger.info("preparing %s into %s", path, output)
         # Files under their real names: the same file reached by another way is the same entry.
-        prepare([real for real, _, _ in stats], output, options, num_workers=num_workers, progress=progress, wait=True)
+        prepare(
+            [real for real, _, _ in stats],
+            output,
+            options,
+            num_workers=num_workers,
+            progress=progress,
+            wait=True,
+            option_prefix=option_prefix,
+        )
     return output
 
 

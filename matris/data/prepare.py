@@ -120,6 +120,7 @@ def prepare(
     progress: bool = False,
     strict: bool = True,
     wait: bool = False,
+    option_prefix: str = "--",
 ) -> PrepareReport:
     """Write the structures and labels of `paths` to the store `output`.
 
@@ -128,6 +129,7 @@ def prepare(
         progress: show a bar.
         strict: raise at the first frame that cannot be used; otherwise leave it out and report it.
         wait: if another process prepares the same output, wait for it instead of refusing.
+        option_prefix: of the command's options for keys, as messages name them.
     Raises:
         ValueError: unreadable files, invalid frames, a wanted label found nowhere, no frame at all, an output that
             was made from something else, that another process is making, or that could not be found as a store.
@@ -151,7 +153,7 @@ def prepare(
     if not output.exists():
         with _exclusive(output.with_name(output.name + ".parts"), wait) as parts:
             if not output.exists():  # another process may have finished it while this one waited
-                _prepare_parts(files, output, parts, options, fingerprint, num_workers, progress, strict)
+                _prepare_parts(files, output, parts, options, fingerprint, num_workers, progress, strict, option_prefix)
             shutil.rmtree(parts)
     reader = StoreReader(output)
     if reader.attributes.get("fingerprint") != fingerprint:
@@ -164,11 +166,16 @@ def prepare(
     return report
 
 
-def check_wanted(report: PrepareReport, wanted: Iterable[str], keys: LabelKeys, where: str) -> None:
+def check_wanted(
+    report: PrepareReport, wanted: Iterable[str], keys: LabelKeys, where: str, *, option_prefix: str = "--"
+) -> None:
     """Fail when a wanted label, or one whose key was given, is in no frame.
 
+    Args:
+        option_prefix: of the command's options for keys.
+
     Raises:
-        ValueError: names the label, where it was looked for, and the keys that there are.
+        ValueError: names the label, where it was looked for, the keys that there are, and the option that names one.
     """
     explicit = {
         "energy": (keys.energy,),
@@ -182,8 +189,8 @@ def check_wanted(report: PrepareReport, wanted: Iterable[str], keys: LabelKeys, 
             continue
         raise ValueError(
             f"{where}: no frame has the label {name!r}, looked for under {', '.join(given or SEARCH_ORDER[name])}; "
-            f"keys in the data: {', '.join(report.keys) or 'none'}. Give its key (--{name}_key, "
-            f"in train --data.{name}_key), or do not ask for this label"
+            f"keys in the data: {', '.join(report.keys) or 'none'}. Give its key with {option_prefix}{name}_key, or "
+            "do not ask for this label"
         )
 
 
@@ -196,6 +203,7 @@ def _prepare_parts(
     num_workers: int,
     progress: bool,
     strict: bool,
+    option_prefix: str,
 ) -> None:
     plan = parts / "plan.json"
     if not plan.exists() or json.loads(plan.read_text()) != fingerprint:
@@ -223,7 +231,7 @@ def _prepare_parts(
         if strict and not report.num_frames:
             raise ValueError(f"{where}: no structure at all; is the file empty?")
         if strict:
-            check_wanted(report, options.wanted, options.keys, where)
+            check_wanted(report, options.wanted, options.keys, where, option_prefix=option_prefix)
     except ValueError:
         shutil.rmtree(parts)  # the user has to change something, and then nothing of this can be used
         raise

@@ -28,6 +28,24 @@ def test_directory(tiny_model_directory: Path, capsys: pytest.CaptureFixture[str
     assert "Cu                       -3.5" in shown
 
 
+def test_settings_of_the_run_are_one_per_line(
+    tmp_path: Path, tiny_model: MatRIS, capsys: pytest.CaptureFixture[str]
+) -> None:
+    provenance = {"settings": {"data": {"train": ["a.xyz", "b.xyz"], "max_atoms": None}, "loss": {}}, "step": 12000}
+    save_model(tiny_model, tmp_path / "model", provenance=provenance)
+    assert main(["info", "--model", str(tmp_path / "model")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    start = lines.index("provenance:")
+    assert lines[start + 1 : start + 7] == [
+        "  settings:",
+        "    data:",
+        "      train                a.xyz,b.xyz",
+        "      max_atoms            None",
+        "    loss                   {}",
+        "  step                     12 000",
+    ]
+
+
 def test_elements_are_listed(tmp_path: Path, tiny_model: MatRIS, capsys: pytest.CaptureFixture[str]) -> None:
     model = copy.deepcopy(tiny_model)
     model.elements = (1, 6, 7, 8, 9, 14, 15, 16, 17, 35, 53)

@@ -132,6 +132,7 @@ def test_no_energies(tmp_path):
     images = images_of(lambda results: {"forces": results["forces"]}, count=2)
     (text,) = texts(diagnose(tmp_path, images), Severity.fatal)  # asked for
     assert "no frame has the label 'energy'" in text
+    assert "with --energy_key" in text
     for wanted in (), ("forces",):
         diagnosis = examine([str(tmp_path / "a.xyz")], PrepareOptions(wanted=wanted))
         assert not diagnosis.fatal

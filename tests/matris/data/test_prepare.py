@@ -157,7 +157,9 @@ def test_wanted_label_found_nowhere(tmp_path):
     atoms.info["dft_energy"] = 1.0
     ase.io.write(tmp_path / "a.xyz", [atoms])
     paths = [str(tmp_path / "a.xyz")]
-    with pytest.raises(ValueError, match=r"'energy', looked for under REF_energy, .*keys in the data: dft_energy"):
+    with pytest.raises(
+        ValueError, match=r"'energy', looked for under REF_energy, .*keys in the data: dft_energy.* --energy_key"
+    ):
         prepare(paths, tmp_path / "out.h5", PrepareOptions(wanted=("energy",)))
     keys = LabelKeys(energy="dft_energy")
     with pytest.raises(ValueError, match="'stress'"):

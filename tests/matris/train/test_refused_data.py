@@ -50,9 +50,9 @@ def without_energy(frame: ase.Atoms) -> None:
 @pytest.mark.parametrize(
     ("part", "change", "message"),
     [
-        ("valid", without_labels, "no frame has the label 'energy'"),
-        ("valid", without_energy, "no frame has the label 'energy'"),
-        ("test", without_labels, "data.test has no label at all"),
+        ("valid", without_labels, "no frame has the label 'energy'.* Give its key with --data.energy_key"),
+        ("valid", without_energy, "no frame has the label 'energy'.* Give its key with --data.energy_key"),
+        ("test", without_labels, "data.test has no label at all.* --data.forces_key"),
     ],
 )
 def test_data_without_labels(folder: Path, tmp_path: Path, part: str, change: Callable, message: str) -> None:
@@ -144,7 +144,12 @@ def test_eval(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         return main(["eval", *options, "--output", str(tmp_path / "new" / "out.json"), *words])
 
     assert evaluate("model", bare) == 2
-    assert "no structure has a label" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "no structure has a label" in error
+    assert "(--energy_key, --forces_key, ...)" in error
+    assert evaluate("model", forces, "--energy_key", "nonsense") == 2
+    assert "looked for under nonsense" in (error := capsys.readouterr().err)
+    assert "with --energy_key" in error
     assert evaluate("model", forces, "--plot", "/dev/null/plot.png") == 2
     model.elements = (1, 8)
     save_model(model, tmp_path / "water", provenance={})

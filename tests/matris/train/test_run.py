@@ -253,7 +253,7 @@ def test_refused_settings_leave_a_run_alone(folder: Path, finished: Path, capsys
         (["--training.precision", "tf32"], "only CUDA GPUs have that format"),
         (["--training.output", "/dev/null/run"], "/dev/null"),
         (["--init_from", "nowhere"], "nowhere"),
-        (["--data.forces_key", "nonsense"], "nonsense"),
+        (["--data.forces_key", "nonsense"], "Give its key with --data.forces_key"),
         (["--data.reference_energies", "isolated"], "no isolated atom"),
         (["--optim.lr_warmup_iters", "5"], "do not fit into a run of 4 steps"),
         (["--training.wandb_project", "p"], "pip install 'janus-matris"),
