@@ -135,6 +135,21 @@ def config_sha256(config: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+def check_model(directory: Path) -> dict[str, Any]:
+    """Compares the files of a model directory with their checksums; returns `config.json`.
+
+    Raises:
+        ValueError: missing, corrupt (checksums) or foreign files.
+    """
+    config = read_config(directory)
+    weights = directory / WEIGHTS
+    if not weights.is_file():
+        raise ValueError(f"{directory} has no {WEIGHTS}: the model is incomplete")
+    if sha256_of(weights) != config["sha256"]:
+        raise ValueError(f"{weights} is corrupt: its SHA-256 differs from the one in {CONFIG}; copy the model again")
+    return config
+
+
 def load_model(
     directory: Path | str, *, device: str = "cpu", precision: Precision | None = None, mesh: Mesh | None = None
 ) -> MatRIS:
@@ -148,12 +163,7 @@ def load_model(
         ValueError: missing, corrupt (checksums) or foreign files.
     """
     directory = Path(directory)
-    config = read_config(directory)
-    weights = directory / WEIGHTS
-    if not weights.is_file():
-        raise ValueError(f"{directory} has no {WEIGHTS}: the model is incomplete")
-    if sha256_of(weights) != config.get("sha256"):
-        raise ValueError(f"{weights} is corrupt: its SHA-256 differs from the one in {CONFIG}; copy the model again")
+    config, weights = check_model(directory), directory / WEIGHTS
     if precision is None:
         precision = Precision.fp64 if config["parameter_dtype"] == "float64" else Precision.fp32
     try:

@@ -15,6 +15,7 @@ import yaml
 from torch import Tensor
 
 import janus
+from janus.checkpoint import CheckpointError, read_directory, verify_directory
 from janus.comm.collectives import on_main_rank, reduce_max
 from janus.mesh import Mesh, open_mesh
 from janus.ops.fused import compile_kernels
@@ -23,7 +24,7 @@ from janus.training.memory import keep_freed_memory
 from janus.training.trainer import Outcome, Trainer, TrainerConfig
 from matris.config import Precision
 from matris.evaluation import evaluate_dataset, evaluation_source
-from matris.exported import load_model, num_parameters
+from matris.exported import check_model, load_model, num_parameters
 from matris.metrics import metrics_line
 from matris.model import Prediction
 from matris.plots import plot_learning_curves, plot_parity
@@ -115,7 +116,47 @@ def _train(config: TrainConfig, setup: Setup, mesh: Mesh, output: Path) -> Outco
     finished = setup.learner.step >= setup.num_steps and trainer.restored is not None
     text = None if finished else yaml.safe_dump(settings, sort_keys=False)
     on_main_rank(lambda: _open_output(output, text), mesh)
+    _restore_best(trainer, mesh, output / "best")
     return trainer.run()
+
+
+def _restore_best(trainer: Trainer, mesh: Mesh, directory: Path) -> None:
+    """Makes the best model of a resumed run again from the checkpoint of its step, where it is lost or damaged. Without
+    that checkpoint the trainer looks for the best anew. All ranks call it."""
+    step, learner = trainer.best_step, trainer.learner
+    if step is None or trainer.restored is None:
+        return
+    source = trainer.store.path(step)
+    if not on_main_rank(lambda: _lacks_best(directory, source, step), mesh):
+        return
+    current = learner.step
+    learner.restore(read_directory(source)[0], step)
+    with learner.averaged():
+        state = learner.state()  # all ranks have a part of it
+        on_main_rank(lambda: trainer.task.export(directory, state, {**trainer.provenance, "step": step}), mesh)
+    learner.restore(read_directory(trainer.restored)[0], current)
+
+
+def _lacks_best(directory: Path, source: Path, step: int) -> bool:
+    """Whether the best model has to be, and can be, made again from `source`; a damaged one is moved out of the way."""
+    fault = f"{directory} of step {step} is gone"
+    if directory.exists():
+        try:
+            check_model(directory)
+        except ValueError as error:
+            aside = directory.with_name(f"{directory.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            directory.rename(aside)
+            fault = f"{error}: moved to {aside}"
+        else:
+            return False
+    try:
+        verify_directory(source)
+    except CheckpointError as error:
+        print(f"{fault}; it cannot be made again: {error}", flush=True)
+        return False
+    print(f"{fault}; made again from {source}", flush=True)
+    return True
 
 
 def _records(setup: Setup) -> dict[str, str]:
