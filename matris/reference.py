@@ -57,8 +57,8 @@ def read_reference(source: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(f"{source} is not a file: expected a checkpoint of the reference package (.pth.tar)")
     try:
         with warnings.catch_warnings():
-            # A pickle protocol other than torch's own; what it cannot read is an error below.
-            warnings.filterwarnings("ignore", message=".*pickle protocol", category=UserWarning)
+            # Remarks on old formats, which nobody here can change; what torch cannot read is an error below.
+            warnings.simplefilter("ignore")
             content = torch.load(source, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # Torch's message is not repeated: it advises to load the file with `weights_only=False`.

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,10 +63,14 @@ def test_converts_and_describes(checkpoint: Path, tmp_path: Path, capsys: pytest
     assert "reference package matris" in capsys.readouterr().out
 
 
-def test_other_pickle_protocol_needs_no_remark(checkpoint: Path, tmp_path: Path) -> None:
-    source = tmp_path / "protocol.pth.tar"
-    torch.save(torch.load(checkpoint, weights_only=True), source, pickle_protocol=3)
+@pytest.mark.parametrize("form", [{"pickle_protocol": 3}, {"_use_new_zipfile_serialization": False}])
+def test_old_formats_need_no_remark(
+    checkpoint: Path, tmp_path: Path, form: dict[str, Any], recwarn: pytest.WarningsRecorder
+) -> None:
+    source = tmp_path / "old.pth.tar"
+    torch.save(torch.load(checkpoint, weights_only=True), source, **form)
     assert main([*CONVERT, "--input", str(source), "--output", str(tmp_path / "model")]) == 0
+    assert not recwarn.list
 
 
 def test_unwritable_output(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
