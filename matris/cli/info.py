@@ -109,6 +109,11 @@ def _counts(model: MatRIS, layout: Layout | None) -> dict[str, Any]:
     counts = {"parameters": total, "total_parameters": total, "active_parameters": model.num_active_parameters()}
     if layout is None:
         return counts
+    if model.hyper.hidden_size % layout.tensor:
+        raise ValueError(
+            f"--layout {layout.name}: {layout.tensor} tensor-parallel ranks do not divide the model's hidden_size "
+            f"{model.hyper.hidden_size}: choose a divisor"
+        )
     memory = weight_memory(model, model.sharding_units(), shards=layout.shard, tensor=layout.tensor)
     return counts | {
         "training_memory_per_rank": {

@@ -24,7 +24,7 @@ _GROUPS = {
 _LISTS = ("--data.train", "--data.valid", "--data.test")
 
 _DESCRIPTION = """Train or fine-tune a MatRIS model. Start it with python for one process, or with torchrun, srun or
-mpirun for several data-parallel ones; the result is the same. A run that was stopped or killed goes on when the same
+mpirun for several; the result is the same. A run that was stopped or killed goes on when the same
 command is given again. Exit status 0 when done, 143 when SIGTERM or SIGUSR1 stopped the run after a checkpoint.
 Units: eV, Angstrom, eV/A, stress eV/A^3 (tensile positive), Bohr magneton."""
 

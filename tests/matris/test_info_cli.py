@@ -128,3 +128,5 @@ def test_memory_of_a_layout(capsys: pytest.CaptureFixture[str]) -> None:
     assert 0.5 < split["held_bytes"] / sharded["held_bytes"] < 0.6
     assert main(["info", "--preset", "moe-tiny", "--layout", "fsdp4xpp2"]) == 2
     assert "no axis" in capsys.readouterr().err
+    assert main(["info", "--preset", "moe-tiny", "--layout", "tp3"]) == 2
+    assert "do not divide" in capsys.readouterr().err
