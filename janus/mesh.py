@@ -52,7 +52,8 @@ class Mesh:
 
     The ranks form a grid data x shard x graph x tensor, the last axis fastest, which is Megatron's order tp-cp-dp: its
     tensor-parallel group is the tensor axis, its context-parallel group the graph axis, its data-parallel group the
-    axes data and shard together.
+    axes data and shard together. The expert axis is not one more: it cuts data x shard x graph into runs of ranks,
+    which is Megatron's expert-parallel group.
 
     Attributes:
         rank: index of this process, 0..world_size-1; rank 0 writes files and talks to the user.
@@ -66,6 +67,8 @@ class Mesh:
         batch: data and shard together: the ranks with different structures.
         replicas: data, shard and graph together: the ranks whose gradients of a weight are parts of one sum.
         shard_replicas: data and graph together: the same for a weight that the shard axis shares.
+        expert: ranks that share the experts: a run of `replicas`.
+        expert_replicas: the ranks of `replicas` with the same place in their run: the same for an expert's weight.
         ledger: counts every collective of this process.
         watch: is told the step, and ends the run when a rank is lost.
     """
@@ -81,6 +84,8 @@ class Mesh:
     batch: Axis = Axis(name="batch")
     replicas: Axis = Axis(name="replicas")
     shard_replicas: Axis = Axis(name="shard_replicas")
+    expert: Axis = Axis(name="expert")
+    expert_replicas: Axis = Axis(name="expert_replicas")
     ledger: Ledger = field(default_factory=Ledger)
     watch: Watch = field(default_factory=Watch, repr=False, compare=False)
 
@@ -315,23 +320,28 @@ class _Layout:
     shard: int
     graph: int
     tensor: int
+    expert: int
 
     @staticmethod
     def of(world_size: int, *, shard: int, graph: int, tensor: int, expert: int, pipeline: int) -> _Layout:
         """The layout of so many ranks, or a ValueError that says what would fit."""
-        for axis, size in (("shard", shard), ("graph", graph), ("tensor", tensor)):
+        for axis, size in (("shard", shard), ("graph", graph), ("tensor", tensor), ("expert", expert)):
             if size < 1:
                 raise ValueError(f"parallel size of the {axis} axis is {size}: it must be at least 1")
-        for axis, size in (("expert", expert), ("pipeline", pipeline)):
-            if size != 1:
-                raise ValueError(f"parallel size of the {axis} axis is {size}: only 1 is supported by this version")
+        if pipeline != 1:
+            raise ValueError(f"parallel size of the pipeline axis is {pipeline}: only 1 is supported by this version")
         inner = shard * graph * tensor
         if world_size % inner:
             raise ValueError(
                 f"{world_size} ranks do not divide into shard {shard} x graph {graph} x tensor {tensor} = {inner} "
                 f"ranks per replica: start a multiple of {inner} ranks, or choose smaller sizes"
             )
-        return _Layout(data=world_size // inner, shard=shard, graph=graph, tensor=tensor)
+        if world_size % (expert * tensor):
+            raise ValueError(
+                f"{world_size} ranks do not divide into expert {expert} x tensor {tensor} = {expert * tensor} ranks that "
+                f"share the experts: start a multiple of {expert * tensor} ranks, or choose a smaller expert size"
+            )
+        return _Layout(data=world_size // inner, shard=shard, graph=graph, tensor=tensor, expert=expert)
 
 
 def _ignore_termination() -> None:
@@ -409,6 +419,7 @@ def _set_parallel_state(layout: _Layout) -> bool:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=layout.tensor,
             context_parallel_size=layout.graph,
+            expert_model_parallel_size=layout.expert,
             create_gloo_process_groups=False,
         )
         return True
@@ -418,7 +429,7 @@ def _set_parallel_state(layout: _Layout) -> bool:
         "expert": parallel_state.get_expert_model_parallel_world_size(),
         "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
     }
-    wanted = {"tensor": layout.tensor, "graph": layout.graph, "expert": 1, "pipeline": 1}
+    wanted = {"tensor": layout.tensor, "graph": layout.graph, "expert": layout.expert, "pipeline": 1}
     if found != wanted:
         raise ValueError(
             f"Megatron's parallel state exists already with sizes {found}, but {wanted} were asked for: "
@@ -434,11 +445,14 @@ def _mesh_of_state(layout: _Layout, local_rank: int, device: torch.device, watch
     rank = dist.get_rank()
     shape = (layout.data, layout.shard, layout.graph, layout.tensor)
     grid = np.arange(dist.get_world_size()).reshape(shape)
-    place = np.unravel_index(rank, shape)
+    runs = grid.reshape(-1, layout.expert, layout.tensor)
 
-    def axis(name: str, kept: tuple[int, ...], group: ProcessGroup | None = None) -> Axis:
-        """Ranks that agree with this one in all coordinates but `kept`."""
-        index = tuple(slice(None) if dim in kept else place[dim] for dim in range(len(shape)))
+    def axis(
+        name: str, kept: tuple[int, ...], group: ProcessGroup | None = None, *, grid: np.ndarray = grid
+    ) -> Axis:
+        """Ranks that agree with this one in all coordinates of the grid but `kept`."""
+        place = np.unravel_index(rank, grid.shape)
+        index = tuple(slice(None) if dim in kept else place[dim] for dim in range(grid.ndim))
         members = tuple(grid[index].reshape(-1).tolist())
         if len(members) == 1:
             return Axis(name=name, members=members, ledger=ledger)
@@ -467,6 +481,8 @@ def _mesh_of_state(layout: _Layout, local_rank: int, device: torch.device, watch
         batch=batch,
         replicas=replicas,
         shard_replicas=axis("shard_replicas", (0, 2), _outer_group(layout, replicas, graph)),
+        expert=axis("expert", (1,), parallel_state.get_expert_model_parallel_group(), grid=runs),
+        expert_replicas=axis("expert_replicas", (0,), parallel_state.get_expert_data_parallel_group(), grid=runs),
         ledger=ledger,
         watch=watch,
     )

@@ -183,7 +183,7 @@ def load_model(
         )
     splits = {name: split_of(parameter) for name, parameter in model.named_parameters()}
     try:
-        model.load_state_dict({n: part_of(value, splits.get(n), model.mesh.tensor) for n, value in state.items()})
+        model.load_state_dict({n: part_of(value, splits.get(n), model.mesh) for n, value in state.items()})
     except RuntimeError as error:  # shapes
         raise ValueError(f"{weights} does not fit {CONFIG}: {error}") from error
     model.elements = elements

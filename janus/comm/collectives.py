@@ -19,8 +19,8 @@ BUCKET_BYTES = 64 * 2**20
 """Gradients travel in flat buffers of about this size: few calls, bounded extra memory."""
 
 
-def sum_gradients(parameters: Iterable[torch.nn.Parameter], mesh: Mesh, *, bucket_bytes: int = BUCKET_BYTES) -> None:
-    """Sums gradients over the replicas of the mesh, in place; all-reduces as many bytes as the parameters have.
+def sum_gradients(parameters: Iterable[torch.nn.Parameter], axis: Axis, *, bucket_bytes: int = BUCKET_BYTES) -> None:
+    """Sums gradients over an axis, in place; all-reduces as many bytes as the parameters have.
 
     Sums, never averages: each rank's loss is already divided by the totals of the global batch. A trainable parameter
     without a gradient counts as zero on every rank, also in a run of one, so that all ranks and all rank counts update
@@ -30,12 +30,12 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter], mesh: Mesh, *, bucke
     for parameter in trainable:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    if mesh.replicas.size == 1:
+    if axis.size == 1:
         return
     gradients = [parameter.grad for parameter in trainable if parameter.grad is not None]
     for bucket in plan_buckets(gradients, bucket_bytes):
         flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
-        pieces = all_reduced(flat, mesh.replicas).split([gradient.numel() for gradient in bucket])
+        pieces = all_reduced(flat, axis).split([gradient.numel() for gradient in bucket])
         torch._foreach_copy_(bucket, [piece.view_as(gradient) for piece, gradient in zip(pieces, bucket, strict=True)])
 
 
@@ -114,6 +114,17 @@ def start_reduce_scatter(whole: Tensor, axis: Axis) -> PendingTensor:
     result = source.new_empty(len(source) // axis.size)
     axis.ledger.record(f"{axis.name}/reduce_scatter", source.nbytes, (axis.size - 1) * source.nbytes / axis.size)
     work = reduce_scatter_flat(result, source, group=axis.group, async_op=True)
+    return PendingTensor(result=result, work=work, source=source)
+
+
+def start_all_to_all(rows: Tensor, axis: Axis, *, send: Sequence[int], receive: Sequence[int]) -> PendingTensor:
+    """Starts the exchange of rows (sum(send), ...), grouped by receiver, for those that come (sum(receive), ...), grouped
+    by sender; sends the bytes of the rows for other ranks. For what is differentiated see `janus.comm.adjoint`."""
+    source = rows.detach().contiguous()
+    result = source.new_empty((sum(receive), *source.shape[1:]))
+    remote = (sum(send) - send[axis.rank]) * source[:1].nbytes
+    axis.ledger.record(f"{axis.name}/all_to_all", source.nbytes, remote)
+    work = dist.all_to_all_single(result, source, list(receive), list(send), group=axis.group, async_op=True)
     return PendingTensor(result=result, work=work, source=source)
 
 

@@ -1,4 +1,4 @@
-"""Between a tensor-parallel rank's part of a parameter and the logical parameter, which no layout changes."""
+"""Between a rank's part of a parameter and the logical parameter, which no layout changes."""
 
 from __future__ import annotations
 
@@ -8,48 +8,67 @@ import torch
 from torch import Tensor
 
 from janus.comm.adjoint import gather
-from janus.mesh import Axis
+from janus.mesh import Mesh
+
+EXPERT_ATTRIBUTE = "expert_model_parallel"
+"""Of a parameter: true if its first dimension is split over the expert axis."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """How a parameter is split over the tensor axis, in Megatron's terms.
+    """How a parameter is split over the tensor axis, in Megatron's terms, and over the expert axis.
 
     Attributes:
-        dim: dimension that is split.
+        dim: dimension that is split over the tensor axis.
         stride: runs of rows that are split each on its own; a rank holds its part of the first, then of the second.
+        expert: whether the first dimension, which is then not `dim`, is split over the expert axis.
     """
 
     dim: int
     stride: int
+    expert: bool
 
 
 def split_of(parameter: Tensor) -> Split | None:
-    """From Megatron's attributes; None for a parameter that all tensor ranks hold alike."""
+    """From the parameter's attributes; None for one that all ranks of both axes hold alike."""
     if not getattr(parameter, "tensor_model_parallel", False):
         return None
-    return Split(dim=parameter.partition_dim, stride=parameter.partition_stride)  # type: ignore[attr-defined]
+    return Split(
+        dim=parameter.partition_dim,  # type: ignore[attr-defined]
+        stride=parameter.partition_stride,  # type: ignore[attr-defined]
+        expert=getattr(parameter, EXPERT_ATTRIBUTE, False),
+    )
 
 
-def whole_of(part: Tensor, split: Split | None, tensor: Axis) -> Tensor:
-    """The logical tensor, on all ranks of the axis; gathers its bytes. Not recorded."""
-    if split is None or tensor.size == 1:
+def whole_of(part: Tensor, split: Split | None, mesh: Mesh) -> Tensor:
+    """The logical tensor, on all ranks of the axes; gathers its bytes. Not recorded."""
+    if split is None:
         return part
     with torch.no_grad():
-        runs = part.chunk(split.stride, dim=split.dim)
-        return torch.cat([gather(run, tensor, dim=split.dim) for run in runs], dim=split.dim)
+        if mesh.tensor.size > 1:
+            runs = part.chunk(split.stride, dim=split.dim)
+            part = torch.cat([gather(run, mesh.tensor, dim=split.dim) for run in runs], dim=split.dim)
+        return gather(part, mesh.expert, dim=0) if split.expert else part
 
 
-def part_of(whole: Tensor, split: Split | None, tensor: Axis) -> Tensor:
+def part_of(whole: Tensor, split: Split | None, mesh: Mesh) -> Tensor:
     """This rank's part of a logical tensor. Inverse of `whole_of`; sends nothing."""
-    if split is None or tensor.size == 1:
+    if split is None:
+        return whole
+    if split.expert:
+        whole = whole.chunk(mesh.expert.size)[mesh.expert.rank]
+    if mesh.tensor.size == 1:
         return whole
     runs = whole.chunk(split.stride, dim=split.dim)
-    return torch.cat([run.chunk(tensor.size, dim=split.dim)[tensor.rank] for run in runs], dim=split.dim)
+    return torch.cat([run.chunk(mesh.tensor.size, dim=split.dim)[mesh.tensor.rank] for run in runs], dim=split.dim)
 
 
-def whole_shape(shape: torch.Size, split: Split | None, tensor: Axis) -> torch.Size:
+def whole_shape(shape: torch.Size, split: Split | None, mesh: Mesh) -> torch.Size:
     """Shape of the logical tensor."""
     if split is None:
         return shape
-    return torch.Size(size * tensor.size if dim == split.dim else size for dim, size in enumerate(shape))
+    sizes = list(shape)
+    sizes[split.dim] *= mesh.tensor.size
+    if split.expert:
+        sizes[0] *= mesh.expert.size
+    return torch.Size(sizes)

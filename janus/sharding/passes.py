@@ -36,9 +36,7 @@ from torch import Tensor
 from torch.autograd import Variable
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from janus.comm.adjoint import reduce_scatter
-from janus.comm.collectives import PendingTensor, start_all_gather, start_reduce_scatter
-from janus.mesh import Axis
+from janus.comm.collectives import PendingTensor
 from janus.sharding.unit import Unit
 
 _Saved = tuple[int, torch.Size, tuple[int, ...], int]
@@ -64,15 +62,15 @@ class Passes:
         peak_bytes: largest live bytes of gathered buffers so far; a test may set it to zero.
     """
 
-    def __init__(self, units: Sequence[Unit], axis: Axis, *, keep: bool) -> None:
-        self.units, self.axis, self.keep = tuple(units), axis, keep
+    def __init__(self, units: Sequence[Unit], *, keep: bool) -> None:
+        self.units, self.keep = tuple(units), keep
         self.peak_bytes = 0
         self._index = {unit: index for index, unit in enumerate(self.units)}
         self._resident: dict[int, Tensor] = {}
         self._coming: dict[int, PendingTensor] = {}
         # By the storage object, which its weak reference keeps from being used anew: an address alone would soon be
         # that of an activation, on some ranks only, and their collectives would no longer match.
-        self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._storages: dict[int, tuple[StorageWeakRef, int, int]] = {}  # with its unit and bytes
         self._leaving: tuple[Unit, PendingTensor] | None = None
         self._arrived: Callable[[Unit], None] | None = None
         self._uses: dict[Unit, int] = {}  # gathers for a forward pass of this run whose gradient has not arrived
@@ -90,7 +88,7 @@ class Passes:
     def live_bytes(self) -> int:
         """Of gathered buffers that anything still refers to."""
         self._storages = {key: entry for key, entry in self._storages.items() if not entry[0].expired()}
-        return sum(self.units[index].nbytes for _, index in self._storages.values())
+        return sum(nbytes for _, _, nbytes in self._storages.values())
 
     @contextmanager
     def run(self, *, training: bool, arrived: Callable[[Unit], None] | None = None) -> Iterator[None]:
@@ -117,15 +115,16 @@ class Passes:
             raise
         finally:
             self._training, self._leaving, self._arrived = None, None, None
-            if not self.keep:
-                self.forget()
+            self.forget([unit for unit in self.units if unit.changes or not self.keep])
 
-    def forget(self) -> None:
-        """Frees gathered weights: the next use gathers anew. To be called when shards have changed."""
-        for pending in self._coming.values():
-            pending.wait()
-        self._coming.clear()
-        self._resident.clear()
+    def forget(self, units: Sequence[Unit] | None = None) -> None:
+        """Frees gathered weights of these units, or of all: the next use gathers anew. To be called when shards have
+        changed."""
+        for unit in self.units if units is None else units:
+            index = self._index[unit]
+            self._resident.pop(index, None)
+            if (pending := self._coming.pop(index, None)) is not None:
+                pending.wait()
 
     # The weights' coming and going -----------------------------------------------------------------------------------
 
@@ -148,9 +147,9 @@ class Passes:
         return buffer
 
     def _start(self, index: int) -> PendingTensor:
-        pending = start_all_gather(self.units[index].shard, self.axis)
+        pending = self.units[index].start_gather()
         reference = StorageWeakRef(pending.result.untyped_storage())
-        self._storages[reference.cdata] = (reference, index)
+        self._storages[reference.cdata] = (reference, index, pending.result.nbytes)
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
         return pending
 
@@ -204,7 +203,7 @@ class Passes:
     def send(self, unit: Unit, flat: Tensor) -> None:
         """Starts the reduce-scatter of a unit's gradient, after that of the unit before has arrived."""
         before = self._arrive()
-        self._leaving = unit, start_reduce_scatter(flat, self.axis)
+        self._leaving = unit, unit.start_scatter(flat)
         self._tell(before)
 
     def complete(self, unit: Unit) -> None:
@@ -250,4 +249,4 @@ class _Gather(torch.autograd.Function):
         if passes.adds_gradients:
             passes.send(unit, flat)
             return None, None, None
-        return reduce_scatter(flat, passes.axis), None, None
+        return unit.scatter(flat), None, None

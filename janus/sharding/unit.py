@@ -8,8 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from janus.comm.adjoint import reduce_scatter
+from janus.comm.collectives import PendingTensor, start_all_gather, start_reduce_scatter
 from janus.mesh import Axis
 from janus.sharding.logical import Split, split_of
+
+Member = tuple[str, nn.Module, str, nn.Parameter]
+"""A parameter: its name in the model, the module that reads it, under which name, and itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +25,7 @@ class Slot:
         name: in the model.
         owner, attribute: the module that reads it, and under which name.
         shape, stride: of the parameter, on one tensor rank.
-        start, end: of its elements within the flat buffer.
+        start, end: of its elements within the whole flat buffer.
         trainable: whether it has a gradient.
         split: over the tensor axis.
     """
@@ -41,16 +46,19 @@ class Unit:
     are there while its forward pass runs.
 
     Args:
-        members: name in the model, owner, attribute and parameter.
-        axis: the shard axis.
+        axis: the ranks that share the buffer.
+        replicas: the ranks that hold the same piece of it.
 
     Attributes:
         shard: this rank's piece, padded with zeros; a leaf of the graph.
-        numel: elements of the gathered buffer, padding included.
+        pieces: each trainable parameter's slice of the shard, flat and maybe empty: what the optimizer updates.
+        changes: whether what is gathered depends on the micro-batch.
     """
 
-    def __init__(self, module: nn.Module, members: Sequence[tuple[str, nn.Module, str, nn.Parameter]], axis: Axis):
-        self.module, self.axis = module, axis
+    changes = False
+
+    def __init__(self, module: nn.Module, members: Sequence[Member], axis: Axis, replicas: Axis) -> None:
+        self.module, self.axis, self.replicas = module, axis, replicas
         slots, start = [], 0
         for name, owner, attribute, parameter in members:
             end = start + parameter.numel()
@@ -69,36 +77,33 @@ class Unit:
             )
             start = end
         self.slots = tuple(slots)
-        self.shard_size = -(-start // axis.size)
-        self.numel = self.shard_size * axis.size
         first = members[0][3]
         self.shard = nn.Parameter(
-            first.new_zeros(self.shard_size), requires_grad=any(slot.trainable for slot in self.slots)
+            first.new_zeros(self.num_held()), requires_grad=any(slot.trainable for slot in self.slots)
         )
         self.fill(self.shard.detach(), {name: parameter.detach() for name, _, _, parameter in members})
         for slot in self.slots:
             del slot.owner._parameters[slot.attribute]
-        # The optimizer sees each parameter's slice of the shard as a parameter, of which some are empty.
         self.pieces = {
             slot.name: nn.Parameter(self.slice(slot, self.shard.detach())) for slot in self.slots if slot.trainable
         }
 
-    @property
-    def nbytes(self) -> int:
-        """Of the gathered buffer."""
-        return self.numel * self.shard.element_size()
+    def num_held(self) -> int:
+        """Elements of a rank's piece."""
+        return -(-self.slots[-1].end // self.axis.size)
 
     def slice(self, slot: Slot, shard: Tensor) -> Tensor:
         """The elements of a parameter within this rank's piece of the flat buffer; a view, maybe empty."""
-        start = self.axis.rank * self.shard_size
-        first, last = (min(max(place - start, 0), self.shard_size) for place in (slot.start, slot.end))
+        held = self.num_held()
+        start = self.axis.rank * held
+        first, last = (min(max(place - start, 0), held) for place in (slot.start, slot.end))
         return shard[first:last]
 
     def part(self, slot: Slot, value: Tensor) -> Tensor:
-        """The same elements of the parameter itself."""
-        start = self.axis.rank * self.shard_size
-        length = slot.end - slot.start
-        first, last = (min(max(place - slot.start, 0), length) for place in (start, start + self.shard_size))
+        """The same elements of the parameter itself, flat."""
+        held = self.num_held()
+        start, length = self.axis.rank * held, slot.end - slot.start
+        first, last = (min(max(place - slot.start, 0), length) for place in (start, start + held))
         return value.reshape(-1)[first:last]
 
     def fill(self, shard: Tensor, values: Mapping[str, Tensor]) -> None:
@@ -118,7 +123,24 @@ class Unit:
             self.shard.new_zeros(slot.end - slot.start) if gradient is None else gradient.reshape(-1)
             for slot, gradient in zip(self.slots, gradients, strict=True)
         ]
-        return torch.cat([*rows, self.shard.new_zeros(self.numel - self.slots[-1].end)])
+        return torch.cat([*rows, self.shard.new_zeros(self.num_held() * self.axis.size - self.slots[-1].end)])
+
+    def start_gather(self) -> PendingTensor:
+        """Starts to make the buffer that `weights` reads; all ranks of the axis call it."""
+        return start_all_gather(self.shard, self.axis)
+
+    def start_scatter(self, flat: Tensor) -> PendingTensor:
+        """Starts to make the gradient of the shard from those that all ranks have `flatten`ed."""
+        return start_reduce_scatter(flat, self.axis)
+
+    def scatter(self, flat: Tensor) -> Tensor:
+        """The same at once and recorded."""
+        return reduce_scatter(flat, self.axis)
+
+    def whole(self, shard: Tensor) -> dict[str, Tensor]:
+        """The parameters (of one tensor rank) that a tensor like the shard belongs to, in the host's memory."""
+        buffer = start_all_gather(shard, self.axis).wait().cpu()
+        return {slot.name: buffer[slot.start : slot.end].view(slot.shape).clone() for slot in self.slots}
 
     def install(self, weights: Sequence[Tensor]) -> None:
         """Gives the module its weights."""
@@ -131,27 +153,46 @@ class Unit:
             slot.owner.__dict__.pop(slot.attribute, None)
 
 
-def make_units(model: nn.Module, modules: Sequence[nn.Module], axis: Axis) -> list[Unit]:
+def make_units(
+    model: nn.Module, modules: Sequence[nn.Module], axis: Axis, replicas: Axis, *, without: Sequence[nn.Module] = ()
+) -> list[Unit]:
     """Moves the parameters of each module into units, one per number format, in the order of the modules.
+
+    Args:
+        without: modules inside whose parameters stay where they are.
 
     Raises:
         ValueError: a module is not in the model, or a parameter has two names.
     """
-    prefixes = {module: name for name, module in model.named_modules()}
+    left = {parameter for module in without for parameter in module.parameters()}
     units = []
     for module in modules:
-        if module not in prefixes:
-            raise ValueError(f"a sharded {type(module).__name__} is no module of the model: give modules of the model")
-        by_type: dict[torch.dtype, list[tuple[str, nn.Module, str, nn.Parameter]]] = {}
-        seen: set[nn.Parameter] = set()
-        for path, owner in module.named_modules(prefix=prefixes[module]):
-            for attribute, parameter in owner._parameters.items():
-                if parameter is None:
-                    continue
-                name = f"{path}.{attribute}" if path else attribute
-                if parameter in seen:
-                    raise ValueError(f"parameter {name} has another name as well: shared parameters cannot be sharded")
-                seen.add(parameter)
-                by_type.setdefault(parameter.dtype, []).append((name, owner, attribute, parameter))
-        units += [Unit(module, members, axis) for members in by_type.values()]
+        by_type: dict[torch.dtype, list[Member]] = {}
+        for member in members_of(model, module):
+            if member[3] not in left:
+                by_type.setdefault(member[3].dtype, []).append(member)
+        units += [Unit(module, members, axis, replicas) for members in by_type.values()]
     return units
+
+
+def members_of(model: nn.Module, module: nn.Module) -> list[Member]:
+    """All parameters of a module of the model.
+
+    Raises:
+        ValueError: it is not in the model, or a parameter has two names.
+    """
+    prefixes = {module: name for name, module in model.named_modules()}
+    if module not in prefixes:
+        raise ValueError(f"a sharded {type(module).__name__} is no module of the model: give modules of the model")
+    members: list[Member] = []
+    seen: set[nn.Parameter] = set()
+    for path, owner in module.named_modules(prefix=prefixes[module]):
+        for attribute, parameter in owner._parameters.items():
+            if parameter is None:
+                continue
+            name = f"{path}.{attribute}" if path else attribute
+            if parameter in seen:
+                raise ValueError(f"parameter {name} has another name as well: shared parameters cannot be sharded")
+            seen.add(parameter)
+            members.append((name, owner, attribute, parameter))
+    return members

@@ -13,9 +13,10 @@ from janus.comm.adjoint import all_reduced
 from janus.comm.collectives import broadcast_tensors, start_all_gather, sum_gradients
 from janus.mesh import Mesh
 from janus.optim import gradient_norm
+from janus.sharding.experts import ExpertUnit
 from janus.sharding.logical import part_of, split_of, whole_of, whole_shape
 from janus.sharding.passes import Passes
-from janus.sharding.unit import Unit, make_units
+from janus.sharding.unit import Unit, make_units, members_of
 
 Policy = Literal["regather", "keep"]
 
@@ -25,12 +26,16 @@ class Weights:
 
     Over the tensor axis parameters with Megatron's attributes are split, all others equal. Over the shard axis, if it
     has several ranks, the parameters of the modules `units` are flat buffers that are cut into equal pieces; they leave
-    the modules, and come back while these compute. Nothing changes on one rank.
+    the modules, and come back while these compute. Over the expert axis, if it has several ranks, those of `experts`
+    either are split already, whole experts to a rank, or every expert is cut into pieces in the same way. Nothing
+    changes on one rank.
 
     Args:
         model: on its device, with its final choice of what is trainable.
         mesh: the ranks.
         units: modules in order of use, each gathered as a whole. None: the whole model is one.
+        experts: modules inside of those, in order of use, whose own parameters have a first dimension of experts. What
+            they hold besides, such as a router, all ranks of an expert axis have whole.
         policy: see `janus.sharding.passes`.
 
     Attributes:
@@ -49,57 +54,77 @@ class Weights:
         mesh: Mesh,
         *,
         units: Sequence[nn.Module] | None = None,
+        experts: Sequence[nn.Module] = (),
         policy: Policy = "regather",
     ) -> None:
         self.model = model
         self.mesh = mesh
-        shard, tensor = self.mesh.shard, self.mesh.tensor
         parameters = dict(model.named_parameters())
         self._splits = {name: split_of(parameter) for name, parameter in parameters.items()}
         self.ndims = {name: parameter.ndim for name, parameter in parameters.items() if parameter.requires_grad}
         self.shapes = {
-            name: whole_shape(value.shape, self._splits.get(name), tensor) for name, value in model.state_dict().items()
+            name: whole_shape(value.shape, self._splits.get(name), mesh) for name, value in model.state_dict().items()
         }
         self.num_parameters = sum(self.shapes[name].numel() for name in parameters)
+        experts = experts if mesh.expert.size > 1 else ()
         self._units: list[Unit] = []
-        if shard.size > 1:
-            self._units = make_units(model, [model] if units is None else units, shard)
+        if mesh.shard.size > 1:
+            modules = [model] if units is None else units
+            self._units += make_units(model, modules, mesh.shard, mesh.shard_replicas, without=experts)
+        for module in experts:
+            own = [member for member in members_of(model, module) if member[1] is module]
+            if not any(self._is_at_home(member[0]) for member in own):
+                self._units.append(ExpertUnit(module, own, mesh.expert, mesh.expert_replicas))
+        if self._units or experts:
             model.__dict__["sharded_state_dict"] = _refuse_sharded_state_dict
-        self._passes = Passes(self._units, shard, keep=policy == "keep") if self._units else None
-        own = dict(model.named_parameters())
+        self._passes = Passes(self._units, keep=policy == "keep") if self._units else None
+        held = dict(model.named_parameters())
         for unit in self._units:
-            own |= unit.pieces
+            held |= unit.pieces
         self._summed: set[Unit] = set()
-        self.pieces = {name: own[name] for name in self.ndims}
+        self.pieces = {name: held[name] for name in self.ndims}
         inside = {name for unit in self._units for name in unit.pieces}
         outside = {name: piece for name, piece in self.pieces.items() if name not in inside}
+        self._everywhere = [piece for name, piece in outside.items() if not self._is_at_home(name)]
+        self._at_home = [piece for name, piece in outside.items() if self._is_at_home(name)]
         self.groups = [group for group in (outside, *(unit.pieces for unit in self._units)) if group]
-        self._unsharded = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.leaves = [*self._unsharded, *(unit.shard for unit in self._units if unit.shard.requires_grad)]
+        self.leaves = [*outside.values(), *(unit.shard for unit in self._units if unit.shard.requires_grad)]
 
     @property
     def passes(self) -> Passes | None:
         """Where gathered weights live; None if nothing is sharded."""
         return self._passes
 
+    @property
+    def has_replicas(self) -> bool:
+        """Whether other ranks hold the same piece of some unit."""
+        return any(unit.replicas.size > 1 for unit in self._units)
+
+    def _is_at_home(self, name: str) -> bool:
+        """Whether a parameter is that of whole experts, which other ranks of the expert axis do not have."""
+        split = self._splits[name]
+        return split is not None and split.expert
+
     def run(
         self, *, training: bool, complete: Callable[[Mapping[str, nn.Parameter]], None] | None = None
     ) -> AbstractContextManager[None]:
         """Around forward pass, force pass and second backward pass of a micro-batch, see `Passes.run`. All ranks of the
-        shard axis must run the same number of micro-batches.
+        axes shard and expert must run the same number of micro-batches.
 
         Args:
             complete: for the last micro-batch: is given each of `groups` that a unit holds as soon as its gradient is
-                that of the global batch, while the backward pass goes on. It may change the pieces. Replicas of the
-                shard axis must then run the same number of micro-batches, too.
+                that of the global batch, while the backward pass goes on. It may change the pieces. Not with
+                `has_replicas`, which may run other numbers of micro-batches.
         """
         if self._passes is None:
             return nullcontext()
 
+        assert complete is None or not self.has_replicas
+
         def arrived(unit: Unit) -> None:
             assert complete is not None
             if unit.pieces:
-                self._sum_over_replicas(unit)
+                self._give_gradients(unit)
                 self._summed.add(unit)
                 complete(unit.pieces)
 
@@ -121,19 +146,22 @@ class Weights:
     def sum_gradients(self) -> None:
         """From the gradients of this rank's micro-batches to those of the global batch, for all pieces.
 
-        Parameters that every rank has are summed over all replicas. Shards have arrived summed over the shard axis, and
-        are summed over the ranks that hold the same piece, unit by unit, unless `run` did that already.
+        Parameters that every rank has are summed over all replicas, whole experts over the ranks that have the same.
+        Shards have arrived summed over their axis, and are summed over the ranks that hold the same piece, unit by
+        unit, unless `run` has done with them.
         """
-        sum_gradients(self._unsharded, self.mesh)
+        sum_gradients(self._everywhere, self.mesh.replicas)
+        sum_gradients(self._at_home, self.mesh.expert_replicas)
         for unit in self._units:
             if unit.shard.requires_grad and unit not in self._summed:
-                self._sum_over_replicas(unit)
+                self._give_gradients(unit)
 
-    def _sum_over_replicas(self, unit: Unit) -> None:
+    def _give_gradients(self, unit: Unit) -> None:
+        """Sums the gradient of a shard over its replicas, and gives each piece its slice."""
         if unit.shard.grad is None:  # on all ranks: this loss does not depend on the unit
             unit.shard.grad = torch.zeros_like(unit.shard)
-        if self.mesh.shard_replicas.size > 1:
-            unit.shard.grad.copy_(all_reduced(unit.shard.grad, self.mesh.shard_replicas))
+        if unit.replicas.size > 1:
+            unit.shard.grad.copy_(all_reduced(unit.shard.grad, unit.replicas))
         for slot in unit.slots:
             if slot.trainable:
                 unit.pieces[slot.name].grad = unit.slice(slot, unit.shard.grad)
@@ -141,20 +169,21 @@ class Weights:
     def gradient_norm(self) -> Tensor:
         """2-norm of the gradient of the global batch, float64, the same on all ranks.
 
-        Every part counts once: pieces are summed over the shard axis, split parameters over the tensor axis.
+        Every part counts once: pieces are summed over the axis that shares them, split parameters over the tensor axis.
         """
-        shard, tensor = self.mesh.shard, self.mesh.tensor
-        if shard.size == 1 and tensor.size == 1:
+        shard, tensor, expert = self.mesh.shard, self.mesh.tensor, self.mesh.expert
+        if shard.size == tensor.size == expert.size == 1:
             return gradient_norm(self.pieces.values())
-        sharded = {name for unit in self._units for name in unit.pieces}
-        squares = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)  # of all ranks' and of sharded weights
+        axis_of = {name: unit.axis for unit in self._units for name in unit.pieces}
+        squares = torch.zeros(3, dtype=torch.float64, device=self.mesh.device)  # of all ranks', shards', experts' weights
         for name, piece in self.pieces.items():
             assert piece.grad is not None
             # What all ranks have counts a part for each, so that all get the same bits.
             share = 1.0 if self._splits[name] is not None else 1.0 / tensor.size
-            squares[int(name in sharded)] += share * torch.linalg.vector_norm(piece.grad).double().square()
+            kind = 2 if self._is_at_home(name) or axis_of.get(name) is expert else int(name in axis_of)
+            squares[kind] += share * torch.linalg.vector_norm(piece.grad).double().square()
         squares = all_reduced(squares, tensor)
-        return all_reduced(squares[0] / shard.size + squares[1], shard).sqrt()
+        return (all_reduced(squares[0] / shard.size + squares[1], shard) + all_reduced(squares[2], expert)).sqrt()
 
     # Logical tensors -------------------------------------------------------------------------------------------------
 
@@ -169,14 +198,14 @@ class Weights:
             for slot in unit.slots:
                 if slot.trainable:
                     unit.slice(slot, flat).copy_(pieces[slot.name].reshape(-1))
-            found |= {name: value for name, value in self._gather(unit, flat).items() if name in pieces}
+            found |= {name: value for name, value in unit.whole(flat).items() if name in pieces}
         return {name: self._whole(name, found[name]) for name in pieces}
 
     def state(self) -> dict[str, Tensor]:
         """The logical state dict of the model, on all ranks, as `gather` gives it. All ranks call it."""
         found: dict[str, Tensor] = dict(self.model.state_dict())
         for unit in self._units:
-            found |= self._gather(unit, unit.shard.detach())
+            found |= unit.whole(unit.shard.detach())
         return {name: self._whole(name, found[name]) for name in self.shapes}
 
     @torch.no_grad()
@@ -201,28 +230,24 @@ class Weights:
     def broadcast(self) -> None:
         """Gives all ranks that hold the same weights those of the first of them."""
         state = self.model.state_dict()
-        equal = [value for name, value in state.items() if self._splits.get(name) is None]
-        broadcast_tensors(equal, self.mesh.tensor)
-        broadcast_tensors(state.values(), self.mesh.replicas)
+        broadcast_tensors([value for name, value in state.items() if self._splits.get(name) is None], self.mesh.tensor)
+        home = {name: value for name, value in state.items() if name in self._splits and self._is_at_home(name)}
+        broadcast_tensors([value for name, value in state.items() if name not in home], self.mesh.replicas)
+        broadcast_tensors(home.values(), self.mesh.expert_replicas)
         for unit in self._units:
             slices = [unit.slice(slot, unit.shard.detach()) for slot in unit.slots if slot.split is None]
             broadcast_tensors(slices, self.mesh.tensor)
-            broadcast_tensors([unit.shard], self.mesh.shard_replicas)
+            broadcast_tensors([unit.shard], unit.replicas)
         self.changed()
-
-    def _gather(self, unit: Unit, flat: Tensor) -> dict[str, Tensor]:
-        """The parameters of one tensor rank, in the host's memory: one unit at a time is on the device."""
-        buffer = start_all_gather(flat, self.mesh.shard).wait().cpu()
-        return {slot.name: buffer[slot.start : slot.end].view(slot.shape).clone() for slot in unit.slots}
 
     def _whole(self, name: str, part: Tensor) -> Tensor:
         split = self._splits.get(name)
-        if split is None or self.mesh.tensor.size == 1:
+        if split is None or (self.mesh.tensor.size == 1 and not split.expert):
             return part
-        return whole_of(part.to(self.mesh.device), split, self.mesh.tensor).cpu()
+        return whole_of(part.to(self.mesh.device), split, self.mesh).cpu()
 
     def _part(self, name: str, whole: Tensor) -> Tensor:
-        return part_of(whole, self._splits.get(name), self.mesh.tensor)
+        return part_of(whole, self._splits.get(name), self.mesh)
 
 
 def _refuse_sharded_state_dict(*_: Any, **__: Any) -> NoReturn:

@@ -24,7 +24,7 @@ class Learner:
         adamw, schedule: how.
         ema_decay: of the averaged weights, see `ExponentialMovingAverage`.
         clip_grad: largest 2-norm of the gradient of the global batch; 0 clips nothing.
-        mesh, units, policy: how the ranks share the weights, see `Weights`.
+        mesh, units, experts, policy: how the ranks share the weights, see `Weights`.
 
     Attributes:
         weights: what this rank holds of the weights.
@@ -42,12 +42,13 @@ class Learner:
         clip_grad: float,
         mesh: Mesh,
         units: Sequence[nn.Module] | None = None,
+        experts: Sequence[nn.Module] = (),
         policy: Policy = "regather",
     ) -> None:
         self.model = model
         self.schedule = schedule
         self.clip_grad = clip_grad
-        self.weights = Weights(model, mesh, units=units, policy=policy)
+        self.weights = Weights(model, mesh, units=units, experts=experts, policy=policy)
         self.parameters = self.weights.pieces
         # One for each group, so that a group can be updated before the others.
         self._optimizers = [build_adamw(group, adamw, ndims=self.weights.ndims) for group in self.weights.groups]
@@ -76,10 +77,10 @@ class Learner:
     def updates_early(self) -> bool:
         """Whether units of sharded weights are updated during the backward pass, each as soon as its gradient is there.
 
-        Without clipping only, which needs the norm of all gradients first, and without replicas of the shard axis,
-        which may have other numbers of micro-batches: they sum their gradients at the end.
+        Without clipping only, which needs the norm of all gradients first, and without replicas of a shard, which may
+        have other numbers of micro-batches: they sum their gradients at the end.
         """
-        return self.clip_grad == 0 and self.weights.passes is not None and self.weights.mesh.shard_replicas.size == 1
+        return self.clip_grad == 0 and self.weights.passes is not None and not self.weights.has_replicas
 
     def update_early(self, group: Mapping[str, nn.Parameter]) -> None:
         """The optimizer step of one of `weights.groups`, whose gradient is summed over the ranks; `update` follows."""

@@ -118,7 +118,7 @@ def steps(rank: int, folder: Path, victim: int, act: Callable[[], None], layout:
                 if rank == victim and step == 3:
                     act()
                 parameter.grad = None
-                sum_gradients([parameter], mesh)
+                sum_gradients([parameter], mesh.replicas)
                 gather_objects(step, mesh)
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)

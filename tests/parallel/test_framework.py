@@ -94,7 +94,7 @@ def use_collectives(mesh: Mesh) -> dict[str, Any]:
     for index, parameter in enumerate(parameters[:4]):
         if index != mesh.rank:  # every rank misses another one
             parameter.grad = torch.full_like(parameter, 10.0**mesh.rank)
-    sum_gradients(parameters, mesh, bucket_bytes=40)
+    sum_gradients(parameters, mesh.replicas, bucket_bytes=40)
     weights = [torch.full((2, 3), float(mesh.rank)), torch.full((3, 2), float(mesh.rank)).t()]
     broadcast_tensors(weights, mesh.replicas)
 

@@ -207,14 +207,14 @@ def of_weights(learner: Learner, mesh: Mesh, policy: str) -> Traffic:
     for unit in units:
         # The atoms' embedding does not depend on the positions: the force pass does not see it.
         gathers = 2 if unit.module is learner.model.atom_embedding else 3
-        num_bytes = FP32 * unit.numel
+        num_bytes = FP32 * unit.num_held() * unit.axis.size
         traffic.all_gather(mesh.shard, 1 if policy == "keep" else MICRO_BATCHES * gathers, num_bytes)
         traffic.reduce_scatter(mesh.shard, MICRO_BATCHES, num_bytes)
         traffic.all_reduce(mesh.shard_replicas, 1, num_bytes // mesh.shard.size)
     sharded = {name for unit in units for name in unit.pieces}
     whole = sum(piece.nbytes for name, piece in learner.parameters.items() if name not in sharded)
     traffic.all_reduce(mesh.replicas, bool(whole), whole)
-    traffic.all_reduce(mesh.tensor, 1, 2 * FP64)  # the gradient's norm
+    traffic.all_reduce(mesh.tensor, 1, 3 * FP64)  # the gradient's norm
     traffic.all_reduce(mesh.shard, 1, FP64)
     return traffic
 

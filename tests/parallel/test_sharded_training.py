@@ -117,7 +117,7 @@ def traffic(mesh: Mesh, run: TrainConfig) -> dict[str, Any]:
         mesh.ledger.clear()
         train_step(setup.task, batch, setup.train.totals(batch.indices), learner=learner, mesh=mesh)
     return {
-        "units": [unit.nbytes for unit in passes.units],
+        "units": [unit.axis.size * unit.shard.nbytes for unit in passes.units],
         "pieces": len(batch.micro_batches),
         "calls": dict(mesh.ledger.calls),
         "bytes": dict(mesh.ledger.bytes),

@@ -197,7 +197,7 @@ def measured(mesh: Mesh, case: Case) -> dict[str, Any]:
         result["left"] = passes.live_bytes
     peaks["backward"] = 0 if passes is None else passes.peak_bytes
     result["peaks"] = peaks
-    result["units"] = [] if passes is None else [unit.nbytes for unit in passes.units]
+    result["units"] = [] if passes is None else [unit.axis.size * unit.shard.nbytes for unit in passes.units]
     result["state"] = {key: value.clone() for key, value in learner.capture().items()}
     # A checkpoint is restored, by any layout.
     other = learner_of(ToyEnergy(mesh, case), mesh, case)
