@@ -22,8 +22,15 @@ LEVELS = {
     "janus": (
         ("janus.name_clash", "janus.comm.ledger", "janus.comm.watch"),
         ("janus", "janus.mesh", "janus.ops"),
-        ("janus.comm", "janus.data", "janus.optim", "janus.checkpoint", "janus.telemetry"),
-        ("janus.tensor_parallel", "janus.graph_parallel", "janus.sharding"),
+        (
+            "janus.comm",
+            "janus.data",
+            "janus.optim",
+            "janus.checkpoint",
+            "janus.telemetry",
+            "janus.expert_parallel.plan",
+        ),
+        ("janus.tensor_parallel", "janus.graph_parallel", "janus.sharding", "janus.expert_parallel"),
         ("janus.training",),
     ),
     "matris": (

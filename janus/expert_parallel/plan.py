@@ -1,0 +1,150 @@
+"""Which rank of the expert axis computes which expert for whose tokens, planned from the tokens themselves.
+
+Where the kind of a token decides its experts, the number of token copies that each expert gets is known before the
+forward pass. Pure numpy on integers: every rank computes the same plan from the same numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertPlan:
+    """Experts in the slots of W ranks, and where the copies of tokens for E experts go.
+
+    A source's copies for an expert that its own rank holds stay there as far as `kept` says. All other copies for the
+    expert stand in a line in the order of their sources, and the ranks that take some cut it in their own order: so
+    (W, E) numbers say what (W, E, W) would.
+
+    Attributes:
+        slots: (W, S) int64 expert in each slot of each rank, ascending, then -1; S >= 1 is the most of any rank.
+        tokens: (W, E) int64 copies by source rank and expert.
+        kept: (W, E) int64 copies that their own rank computes.
+        taken: (W, E) int64 copies of other ranks by destination and expert; 0 where a rank sends copies away itself.
+    """
+
+    slots: np.ndarray
+    tokens: np.ndarray
+    kept: np.ndarray
+    taken: np.ndarray
+
+    def quota(self, source: int) -> np.ndarray:
+        """(E, W) int64 copies of a source rank by expert and destination; over destinations they add up to `tokens`."""
+        sent = self.tokens - self.kept
+        end = sent[: source + 1].sum(axis=0)
+        cut = np.cumsum(self.taken, axis=0)
+        copies = _overlap(end - sent[source], end, cut - self.taken, cut).T.copy()
+        copies[:, source] += self.kept[source]
+        return copies
+
+    def arrivals(self, destination: int) -> np.ndarray:
+        """(W, E) int64 copies that a rank computes by source and expert: `quota(s)[:, destination]` in row s."""
+        sent = self.tokens - self.kept
+        end = np.cumsum(sent, axis=0)
+        cut = self.taken[: destination + 1].sum(axis=0)
+        copies = _overlap(cut - self.taken[destination], cut, end - sent, end)
+        copies[destination] += self.kept[destination]
+        return copies
+
+    @property
+    def num_replicas(self) -> np.ndarray:
+        """(E,) int64 ranks that hold each expert."""
+        return np.bincount(self.slots[self.slots >= 0], minlength=self.tokens.shape[1])
+
+    @property
+    def load(self) -> np.ndarray:
+        """(W,) int64 copies that each rank computes."""
+        return (self.kept + self.taken).sum(axis=1)
+
+    @property
+    def balance(self) -> float:
+        """Largest load of a rank / mean load; 1 where there are no tokens."""
+        load = self.load
+        total = int(load.sum())
+        return int(load.max()) * len(load) / total if total else 1.0
+
+    @property
+    def tokens_moved(self) -> int:
+        """Copies whose destination is another rank."""
+        return int(self.taken.sum())
+
+    @property
+    def weights_moved(self) -> float:
+        """Experts that ranks gather where each stores 1/W of every expert: (W - 1) / W for each filled slot."""
+        num_ranks = len(self.slots)
+        return int((self.slots >= 0).sum()) * (num_ranks - 1) / num_ranks
+
+
+def expert_load(histogram: np.ndarray, routing: np.ndarray, num_experts: int) -> np.ndarray:
+    """(W, E) int64 token copies by source rank and expert.
+
+    Args:
+        histogram: (W, K) int64 tokens by rank and kind.
+        routing: (K, topk) int64 the experts of each kind.
+    """
+    kinds = np.flatnonzero(histogram.any(axis=0))
+    serves = np.zeros((len(kinds), num_experts))
+    np.add.at(serves, (np.arange(len(kinds))[:, None], routing[kinds]), 1.0)
+    # Whole numbers below 2^53: float64 holds every partial sum exactly, in whatever order a library adds.
+    return (histogram[:, kinds].astype(np.float64) @ serves).astype(np.int64)
+
+
+def fixed_plan(load: np.ndarray, num_ranks: int) -> ExpertPlan:
+    """Whole experts at home: rank r holds experts r E / W, ..., (r + 1) E / W - 1, and all their copies go there.
+
+    Args:
+        load: (W, E) int64 copies by source rank and expert.
+    Raises:
+        ValueError: the ranks do not divide the experts.
+    """
+    num_experts = load.shape[1]
+    if num_experts % num_ranks:
+        raise ValueError(
+            f"{num_experts} experts do not divide into {num_ranks} expert-parallel ranks: choose a number of ranks "
+            "that divides them, or the sharded placement"
+        )
+    slots = np.arange(num_experts).reshape(num_ranks, -1)
+    kept = np.zeros_like(load)
+    at_home = np.arange(num_ranks)[:, None], slots
+    kept[at_home] = load[at_home]
+    taken = np.zeros_like(load)
+    taken[at_home] = load.sum(axis=0)[slots] - kept[at_home]
+    return ExpertPlan(slots=slots, tokens=load, kept=kept, taken=taken)
+
+
+def plan_experts(load: np.ndarray, *, token_bytes: float, expert_bytes: float, balance: float = 1.05) -> ExpertPlan:
+    """Just in time: the experts that these tokens need, on ranks such that loads are even and few bytes move.
+
+    The largest load is at most `balance` times the mean, or the mean rounded up where no whole number is between. Then
+    the bytes are few: token_bytes for each copy that moves, expert_bytes (W - 1) / W for each filled slot.
+
+    Args:
+        load: (W, E) int64 copies by source rank and expert.
+    """
+    num_ranks = len(load)
+    total = int(load.sum())
+    limit = max(int(Fraction(balance) * total / num_ranks), -(-total // num_ranks))
+    ends = np.cumsum(load.sum(axis=0))
+    cuts = np.arange(num_ranks)[:, None] * limit
+    share = _overlap(cuts, cuts + limit, ends - load.sum(axis=0), ends)
+    kept = np.minimum(share, load)
+    return _plan(load, kept, share - kept)
+
+
+def _plan(load: np.ndarray, kept: np.ndarray, taken: np.ndarray) -> ExpertPlan:
+    """The plan whose slots are those that compute anything."""
+    filled = kept + taken > 0
+    num_slots = filled.sum(axis=1)
+    width = max(1, int(num_slots.max()))
+    slots = np.full((len(load), width), -1)
+    slots[np.arange(width) < num_slots[:, None]] = np.nonzero(filled)[1]
+    return ExpertPlan(slots=slots, tokens=load, kept=kept, taken=taken)
+
+
+def _overlap(start: np.ndarray, end: np.ndarray, other_start: np.ndarray, other_end: np.ndarray) -> np.ndarray:
+    """Length that intervals of whole numbers share."""
+    return np.maximum(np.minimum(end, other_end) - np.maximum(start, other_start), 0)
