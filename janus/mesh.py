@@ -90,6 +90,11 @@ class Mesh:
     watch: Watch = field(default_factory=Watch, repr=False, compare=False)
 
     @property
+    def in_step(self) -> bool:
+        """Whether ranks with different structures meet within a micro-batch, so that all need as many of these."""
+        return self.shard.size > 1 or self.expert.size > 1
+
+    @property
     def is_main(self) -> bool:
         """Whether this rank writes files and talks to the user."""
         return self.rank == 0
@@ -338,8 +343,8 @@ class _Layout:
             )
         if world_size % (expert * tensor):
             raise ValueError(
-                f"{world_size} ranks do not divide into expert {expert} x tensor {tensor} = {expert * tensor} ranks that "
-                f"share the experts: start a multiple of {expert * tensor} ranks, or choose a smaller expert size"
+                f"{world_size} ranks do not divide into expert {expert} x tensor {tensor} = {expert * tensor} ranks "
+                f"that share the experts: start a multiple of {expert * tensor} ranks, or choose a smaller expert size"
             )
         return _Layout(data=world_size // inner, shard=shard, graph=graph, tensor=tensor, expert=expert)
 
@@ -447,9 +452,7 @@ def _mesh_of_state(layout: _Layout, local_rank: int, device: torch.device, watch
     grid = np.arange(dist.get_world_size()).reshape(shape)
     runs = grid.reshape(-1, layout.expert, layout.tensor)
 
-    def axis(
-        name: str, kept: tuple[int, ...], group: ProcessGroup | None = None, *, grid: np.ndarray = grid
-    ) -> Axis:
+    def axis(name: str, kept: tuple[int, ...], group: ProcessGroup | None = None, *, grid: np.ndarray = grid) -> Axis:
         """Ranks that agree with this one in all coordinates of the grid but `kept`."""
         place = np.unravel_index(rank, grid.shape)
         index = tuple(slice(None) if dim in kept else place[dim] for dim in range(grid.ndim))

@@ -75,7 +75,7 @@ def evaluation_source(dataset: StructureDataset, model: MatRIS, mesh: Mesh, port
         rank=mesh.batch.rank,
         world_size=mesh.batch.size,
         budget=portions.budget,
-        same_count=mesh.shard.size > 1,
+        same_count=mesh.in_step,
         num_workers=portions.num_workers,
         pin_memory=mesh.device.type == "cuda",
     )

@@ -151,13 +151,19 @@ def check_model(directory: Path) -> dict[str, Any]:
 
 
 def load_model(
-    directory: Path | str, *, device: str = "cpu", precision: Precision | None = None, mesh: Mesh | None = None
+    directory: Path | str,
+    *,
+    device: str = "cpu",
+    precision: Precision | None = None,
+    mesh: Mesh | None = None,
+    expert_placement: str = "sharded",
 ) -> MatRIS:
     """Read a model directory.
 
     Args:
         precision: number formats; None keeps that of the stored parameters.
-        mesh: ranks that share the model; each takes its parts of the weights. None for this process alone.
+        mesh, expert_placement: ranks that share the model, and how, see `MatRIS`; each takes its parts of the weights.
+            None for this process alone.
 
     Raises:
         ValueError: missing, corrupt (checksums) or foreign files.
@@ -172,7 +178,9 @@ def load_model(
         raise ValueError(f"{weights} is not a readable safetensors file: {error}") from error
     try:
         elements = tuple(sorted({number_of(str(symbol)) for symbol in config["elements"]}))
-        model = MatRIS(ModelConfig.from_dict(config["model"]), precision=precision, mesh=mesh)
+        model = MatRIS(
+            ModelConfig.from_dict(config["model"]), precision=precision, mesh=mesh, expert_placement=expert_placement
+        )
     except ValueError as error:
         raise ValueError(f"{directory / CONFIG}: {error}") from error
     expected = set(model.state_dict())

@@ -19,7 +19,7 @@ from matris.blocks.embedding import AngleEmbedding, AtomEmbedding, EdgeEmbedding
 from matris.blocks.geometry import measure
 from matris.blocks.interaction import Connectivity, InteractionBlock
 from matris.blocks.module import Layers, MatRISConfig, MegatronModule
-from matris.blocks.moe import RoutedExperts
+from matris.blocks.moe import RoutedExperts, plan_sites
 from matris.config import ModelConfig, Precision
 from matris.elements import MAX_Z, SYMBOLS
 from matris.graph.batch import GraphBatch
@@ -62,7 +62,9 @@ class MatRIS(MegatronModule):
             it is the format in which CUDA forms fp32 products, set by the run.
         seed: of the initial weights, which are the same for every mesh; None takes torch's current generator state.
         mesh: ranks that share the model. Over its tensor axis each holds a part of the large weights; over its graph
-            axis all hold the same weights and predict the same batch, each its own atoms.
+            axis all hold the same weights and predict the same batch, each its own atoms; over its expert axis they
+            share the experts, and all predict together, each its own batch.
+        expert_placement: see `MatRISConfig`.
 
     Raises:
         ValueError: the width does not divide by the tensor axis.
@@ -84,12 +86,14 @@ class MatRIS(MegatronModule):
         precision: Precision = Precision.fp32,
         seed: int | None = None,
         mesh: Mesh | None = None,
+        expert_placement: str = "sharded",
     ) -> None:
         mesh = mesh or Mesh()
         dtype = torch.float64 if precision is Precision.fp64 else torch.float32
         megatron_config = MatRISConfig(
             model=config,
             mesh=mesh,
+            expert_placement=expert_placement,
             tensor_model_parallel_size=mesh.tensor.size,
             context_parallel_size=mesh.graph.size,
             params_dtype=dtype,
@@ -168,6 +172,9 @@ class MatRIS(MegatronModule):
         geometry = measure(batch, positions, strain, self.config.params_dtype, atom_rows)
         pair_basis, line_basis = self.pair_basis(geometry.length), self.line_basis(geometry.length)
         graph = self._connectivity(batch, geometry.length, pair_basis, line_basis, atom_rows, edge_rows)
+        if self.mesh.expert.size > 1:
+            at_target = graph.element.index_select(0, batch.edge_target)
+            plan_sites(self.expert_sites(), self.hyper.num_layers * (at_target, graph.element))
         atoms = self.atom_embedding(batch.numbers)
         edges = self.edge_embedding(pair_basis[: edge_rows.owned])
         angles = self.angle_embedding(geometry.cosine)
@@ -221,11 +228,14 @@ class MatRIS(MegatronModule):
         unused = hyper.num_moe_experts - hyper.moe_router_topk
         idle = sum(
             value.numel() // hyper.num_moe_experts * unused
-            for module in self.modules()
-            if isinstance(module, RoutedExperts)
+            for module in self.expert_sites()
             for value in module.parameters(recurse=False)
         )
         return sum(value.numel() for value in self.parameters()) - idle
+
+    def expert_sites(self) -> tuple[RoutedExperts, ...]:
+        """In order of use: in each block that of the edges' messages, then that of the atoms' updates."""
+        return tuple(module for module in self.modules() if isinstance(module, RoutedExperts))
 
     def sharding_units(self) -> tuple[nn.Module, ...]:
         """The modules whose parameters are sharded, each as one flat buffer, in order of use."""

@@ -105,6 +105,7 @@ def build_setup(config: TrainConfig, mesh: Mesh) -> Setup:
         clip_grad=config.optim.clip_grad,
         mesh=mesh,
         units=model.sharding_units(),
+        experts=model.expert_sites(),
         policy=config.parallel.sharding_policy,
     )
     portions = Portions(
@@ -128,7 +129,7 @@ def build_setup(config: TrainConfig, mesh: Mesh) -> Setup:
             rank=mesh.batch.rank,
             world_size=mesh.batch.size,
             budget=portions.budget,
-            same_count=mesh.shard.size > 1,
+            same_count=mesh.in_step,
             num_workers=data.num_workers,
             pin_memory=mesh.device.type == "cuda",
         )
@@ -160,6 +161,17 @@ def hyper_parameters(config: TrainConfig) -> ModelConfig:
         raise ValueError(
             f"parallel.tensor_model_parallel_size is {tensor}, which does not divide the model's hidden_size "
             f"{hyper.hidden_size}: choose a divisor of it"
+        )
+    ranks, experts = config.parallel.expert_model_parallel_size, hyper.num_moe_experts
+    if ranks > 1 and not experts:
+        raise ValueError(
+            f"parallel.expert_model_parallel_size is {ranks}, but the model has no experts: leave it out, or choose a "
+            "model with experts (--preset moe-tiny, or model.num_moe_experts and its companions)"
+        )
+    if config.parallel.expert_placement == "fixed" and experts % ranks:
+        raise ValueError(
+            f"parallel.expert_model_parallel_size is {ranks}, which does not divide model.num_moe_experts ({experts}): "
+            "choose a divisor of it, or parallel.expert_placement sharded"
         )
     return hyper
 
@@ -266,13 +278,13 @@ def _label_keys(data: DataConfig) -> LabelKeys:
 
 def _build_model(config: TrainConfig, hyper: ModelConfig, statistics: LabelStatistics, mesh: Mesh) -> MatRIS:
     """New, or the base model, with its elements, reference energies and energy scale."""
-    precision = Precision(config.training.precision)
+    precision, placement = Precision(config.training.precision), config.parallel.expert_placement
     elements_of_base: tuple[int, ...] = ()
     if config.init_from is None:
-        model = MatRIS(hyper, precision=precision, seed=config.training.seed, mesh=mesh)
+        model = MatRIS(hyper, precision=precision, seed=config.training.seed, mesh=mesh, expert_placement=placement)
         model.elements = tuple(sorted(statistics.elements))
     else:
-        model = load_model(config.init_from, precision=precision, mesh=mesh)
+        model = load_model(config.init_from, precision=precision, mesh=mesh, expert_placement=placement)
         elements_of_base = model.elements
         model.elements = tuple(sorted(statistics.elements.union(model.elements)))
     if model.elements[-1] > hyper.num_elements:

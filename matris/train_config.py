@@ -228,7 +228,11 @@ class ParallelConfig:
             them for each pass and frees them (ZeRO-3), `keep` holds them from the forward pass to the update (ZeRO-2).
         graph_partitioner: who owns which atom: `morton` (along a space-filling curve), `index` (as in the file) or
             `balanced` (largest cost in edges and angles first).
-        expert_model_parallel_size: ranks that share the experts; only 1 is supported.
+        expert_model_parallel_size: ranks that share the experts, of those that share no matrix product: replicas,
+            shards and parts of graphs alike.
+        expert_placement: where experts are, with `expert_model_parallel_size` above 1: `sharded` (every rank holds a
+            piece of each, and gathers those that the plan of the micro-batch gives it) or `fixed` (whole experts on
+            home ranks; their number must divide).
         pipeline_model_parallel_size: ranks that share the layers; only 1 is supported.
         distributed_timeout_minutes: how long a rank waits for the others before it ends the run and says which did not
             come.
@@ -240,15 +244,18 @@ class ParallelConfig:
     sharding_policy: Literal["regather", "keep"] = "regather"
     graph_partitioner: Literal["morton", "index", "balanced"] = "morton"
     expert_model_parallel_size: int = 1
+    expert_placement: Literal["sharded", "fixed"] = "sharded"
     pipeline_model_parallel_size: int = 1
     distributed_timeout_minutes: float = 30.0
 
     def __post_init__(self) -> None:
-        for name in ("tensor_model_parallel_size", "context_parallel_size", "fully_sharded_size"):
-            _check_at_least(f"parallel.{name}", getattr(self, name), 1)
-        for name in ("expert_model_parallel_size", "pipeline_model_parallel_size"):
-            if getattr(self, name) != 1:
-                raise ValueError(f"parallel.{name} is {getattr(self, name)}: this version supports only 1")
+        for axis in ("tensor_model_parallel", "context_parallel", "fully_sharded", "expert_model_parallel"):
+            _check_at_least(f"parallel.{axis}_size", getattr(self, f"{axis}_size"), 1)
+        if self.pipeline_model_parallel_size != 1:
+            raise ValueError(
+                f"parallel.pipeline_model_parallel_size is {self.pipeline_model_parallel_size}: this version supports "
+                "only 1"
+            )
         if not self.distributed_timeout_minutes > 0.0:
             raise ValueError(
                 f"parallel.distributed_timeout_minutes is {self.distributed_timeout_minutes}: it must be positive"
@@ -260,7 +267,11 @@ class ParallelConfig:
         Raises:
             ValueError: an option that is not at its default belongs to an axis of one rank.
         """
-        for name, axis in (("sharding_policy", "fully_sharded_size"), ("graph_partitioner", "context_parallel_size")):
+        for name, axis in (
+            ("sharding_policy", "fully_sharded_size"),
+            ("graph_partitioner", "context_parallel_size"),
+            ("expert_placement", "expert_model_parallel_size"),
+        ):
             value = getattr(self, name)
             if value != getattr(ParallelConfig, name) and getattr(self, axis) == 1:
                 raise ValueError(

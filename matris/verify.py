@@ -97,6 +97,7 @@ def verify(config: TrainConfig, layouts: Sequence[Layout], launch: Launch, *, fl
             shard=layout.shard,
             graph=layout.graph,
             tensor=layout.tensor,
+            expert=layout.expert,
             timeout_minutes=config.parallel.distributed_timeout_minutes,
             launch=launch,
         ) as mesh:

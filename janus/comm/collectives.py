@@ -118,8 +118,10 @@ def start_reduce_scatter(whole: Tensor, axis: Axis) -> PendingTensor:
 
 
 def start_all_to_all(rows: Tensor, axis: Axis, *, send: Sequence[int], receive: Sequence[int]) -> PendingTensor:
-    """Starts the exchange of rows (sum(send), ...), grouped by receiver, for those that come (sum(receive), ...), grouped
-    by sender; sends the bytes of the rows for other ranks. For what is differentiated see `janus.comm.adjoint`."""
+    """Starts the exchange of rows (sum(send), ...), grouped by receiver, for (sum(receive), ...), grouped by sender.
+
+    Sends the bytes of the rows for other ranks. For what is differentiated see `janus.comm.adjoint`.
+    """
     source = rows.detach().contiguous()
     result = source.new_empty((sum(receive), *source.shape[1:]))
     remote = (sum(send) - send[axis.rank]) * source[:1].nbytes

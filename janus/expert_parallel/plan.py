@@ -6,8 +6,9 @@ forward pass. Pure numpy on integers: every rank computes the same plan from the
 
 from __future__ import annotations
 
+import heapq
+from bisect import bisect_left, insort
 from dataclasses import dataclass
-from fractions import Fraction
 
 import numpy as np
 
@@ -120,29 +121,120 @@ def plan_experts(load: np.ndarray, *, token_bytes: float, expert_bytes: float, b
     """Just in time: the experts that these tokens need, on ranks such that loads are even and few bytes move.
 
     The largest load is at most `balance` times the mean, or the mean rounded up where no whole number is between. Then
-    the bytes are few: token_bytes for each copy that moves, expert_bytes (W - 1) / W for each filled slot.
+    the bytes are few: token_bytes for each copy that moves, expert_bytes (W - 1) / W for each filled slot. Weights come
+    to the ranks that have many tokens for an expert, and all other tokens go to few ranks.
 
     Args:
         load: (W, E) int64 copies by source rank and expert.
+    Raises:
+        ValueError: negative bytes, or a balance below 1.
+    """
+    if not (token_bytes >= 0.0 and expert_bytes >= 0.0 and balance >= 1.0):
+        raise ValueError(
+            f"a plan for {token_bytes} bytes of a token, {expert_bytes} bytes of an expert and a largest load of "
+            f"{balance} times the mean: bytes are at least 0, and the largest load at least 1 times the mean"
+        )
+    num_ranks, total = len(load), int(load.sum())
+    if num_ranks == 1 or total == 0:
+        return _plan(load, load)
+    numerator, denominator = float(balance).as_integer_ratio()
+    limit = max(numerator * total // (denominator * num_ranks), -(-total // num_ranks))
+    # From here on everything is a whole number: a slot costs as much as `worth` copies that move.
+    slot_bytes = expert_bytes * (num_ranks - 1) / num_ranks
+    worth = int(slot_bytes / token_bytes) if slot_bytes < token_bytes * total else total
+    return _plan(load, _placed(load, load > worth, limit))
+
+
+def _placed(load: np.ndarray, at_home: np.ndarray, limit: int) -> np.ndarray:
+    """(W, E) copies that each rank computes, at most `limit` in a row; as in `load` where `at_home`, as far as it can.
+
+    Copies from elsewhere go to slots that are filled anyway, or else to as few new ones as can be.
+    """
+    share = np.where(at_home, load, 0)
+    room = limit - share.sum(axis=1)
+    if room.min() < 0:
+        _shed(share, np.flatnonzero(room < 0), limit)
+        room = limit - share.sum(axis=1)
+    moving = (load - share).sum(axis=0)
+    for _ in range(_ROUNDS):
+        open_room = np.where(share > 0, room[:, None], 0)
+        offered = open_room.sum(axis=0)
+        if not np.minimum(offered, moving).any():
+            break
+        wanted = open_room * np.minimum(moving, offered) // np.maximum(offered, 1)
+        asked = wanted.sum(axis=1)
+        given = np.where((asked > room)[:, None], wanted * room[:, None] // np.maximum(asked, 1)[:, None], wanted)
+        share += given
+        room -= given.sum(axis=1)
+        moving -= given.sum(axis=0)
+    if moving.any():
+        _pack(share, load, moving, room)
+    return share
+
+
+_ROUNDS = 3
+"""Of offering room in filled slots."""
+
+
+def _shed(share: np.ndarray, ranks: np.ndarray, limit: int) -> None:
+    """Takes what is over the limit away from these ranks: the smallest first, for that empties the most slots."""
+    num_experts = share.shape[1]
+    held = share[ranks]
+    # Keys without ties: a sort that differs between machines cannot matter.
+    order = np.sort(held * num_experts + np.arange(num_experts), axis=1) % num_experts
+    rows = np.arange(len(ranks))[:, None]
+    in_order = held[rows, order]
+    before = np.cumsum(in_order, axis=1) - in_order
+    over = in_order.sum(axis=1) - limit
+    held[rows, order] = in_order - np.clip(over[:, None] - before, 0, in_order)
+    share[ranks] = held
+
+
+def _pack(share: np.ndarray, load: np.ndarray, moving: np.ndarray, room: np.ndarray) -> None:
+    """Gives each expert's moving copies to few ranks with room: the largest first, where they are, or where they fit.
+
+    What fits nowhere as a whole fills a rank, and its rest waits for its turn.
     """
     num_ranks = len(load)
-    total = int(load.sum())
-    limit = max(int(Fraction(balance) * total / num_ranks), -(-total // num_ranks))
-    ends = np.cumsum(load.sum(axis=0))
-    cuts = np.arange(num_ranks)[:, None] * limit
-    share = _overlap(cuts, cuts + limit, ends - load.sum(axis=0), ends)
+    experts = np.flatnonzero(moving)
+    favourites = (
+        (np.sort((load - share)[:, experts] * num_ranks + np.arange(num_ranks)[:, None], axis=0) % num_ranks).T
+    ).tolist()
+    rooms = room.tolist()
+    free = sorted((size, rank) for rank, size in enumerate(rooms) if size)
+    waiting = [(-size, expert, place) for place, (expert, size) in enumerate(zip(experts.tolist(), moving[experts].tolist()))]
+    heapq.heapify(waiting)
+    while waiting:
+        size, expert, place = heapq.heappop(waiting)
+        size = -size
+        largest = free[-1][0]
+        ranks = favourites[place]
+        want = min(size, largest)
+        rank = ranks[-1]
+        if rooms[rank] < want:
+            while size > largest and rooms[ranks[-1]] < want:
+                ranks.pop()
+            rank = ranks[-1] if size > largest else free[bisect_left(free, (want, -1))][1]
+        at = bisect_left(free, (rooms[rank], rank))
+        del free[at]
+        given = min(size, rooms[rank])
+        rooms[rank] -= given
+        if rooms[rank]:
+            insort(free, (rooms[rank], rank))
+        share[rank, expert] += given
+        if size > given:
+            heapq.heappush(waiting, (given - size, expert, place))
+
+
+def _plan(load: np.ndarray, share: np.ndarray) -> ExpertPlan:
+    """The plan in which each rank computes so many copies of each expert, its own ones first."""
     kept = np.minimum(share, load)
-    return _plan(load, kept, share - kept)
-
-
-def _plan(load: np.ndarray, kept: np.ndarray, taken: np.ndarray) -> ExpertPlan:
-    """The plan whose slots are those that compute anything."""
-    filled = kept + taken > 0
+    filled = share > 0
     num_slots = filled.sum(axis=1)
     width = max(1, int(num_slots.max()))
     slots = np.full((len(load), width), -1)
     slots[np.arange(width) < num_slots[:, None]] = np.nonzero(filled)[1]
-    return ExpertPlan(slots=slots, tokens=load, kept=kept, taken=taken)
+    return ExpertPlan(slots=slots, tokens=load, kept=kept, taken=share - kept)
 
 
 def _overlap(start: np.ndarray, end: np.ndarray, other_start: np.ndarray, other_end: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torch.nn import functional
 
 from janus.comm.adjoint import all_to_all
 from janus.comm.collectives import PendingTensor, start_all_gather, start_all_to_all
+from janus.expert_parallel.plan import ExpertPlan
 from janus.mesh import Axis
 from janus.sharding.unit import Member, Slot, Unit
 
@@ -138,7 +140,7 @@ class ExpertUnit(Unit):
 
     def _needed(self, rank: int) -> np.ndarray:
         """Experts that a rank gathers. At least one, so that all ranks record the same graph and meet in it."""
-        experts = self.module.plan.slots[rank]
+        experts = cast(ExpertPlan, self.module.plan).slots[rank]
         return np.maximum(experts[: max(1, int((experts >= 0).sum()))], 0)
 
     def _needed_by_all(self) -> list[np.ndarray]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from janus.comm.adjoint import all_reduced
-from janus.comm.collectives import broadcast_tensors, start_all_gather, sum_gradients
+from janus.comm.collectives import broadcast_tensors, sum_gradients
 from janus.mesh import Mesh
 from janus.optim import gradient_norm
 from janus.sharding.experts import ExpertUnit
@@ -175,7 +175,9 @@ class Weights:
         if shard.size == tensor.size == expert.size == 1:
             return gradient_norm(self.pieces.values())
         axis_of = {name: unit.axis for unit in self._units for name in unit.pieces}
-        squares = torch.zeros(3, dtype=torch.float64, device=self.mesh.device)  # of all ranks', shards', experts' weights
+        squares = torch.zeros(
+            3, dtype=torch.float64, device=self.mesh.device
+        )  # of all ranks', shards', experts' weights
         for name, piece in self.pieces.items():
             assert piece.grad is not None
             # What all ranks have counts a part for each, so that all get the same bits.

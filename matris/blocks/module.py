@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from janus.mesh import Axis, Mesh
 from janus.ops.product import linear
 from janus.ops.silu import silu
+from janus.sharding.logical import EXPERT_ATTRIBUTE
 from janus.tensor_parallel import ColumnParallelLinear, RowParallelLinear, megatron_group, parallel_gated_norm
 from matris.config import ModelConfig, NormType
 
@@ -38,13 +39,17 @@ class MatRISConfig(ModelParallelConfig):
 
     Attributes:
         model: hyper-parameters.
-        mesh: the ranks that share the model; layers take the tensor axis, the model itself the graph axis.
+        mesh: the ranks that share the model; layers take the tensor and the expert axis, the model itself the graph
+            axis.
+        expert_placement: over an expert axis: `fixed`, whole experts on home ranks, or `sharded`, each expert in pieces
+            on all ranks, gathered where a plan wants it.
         matmul_dtype: number format of matrix products, None for that of the parameters.
         fp8, fp4: always None; `MegatronModule` reads them.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
     mesh: Mesh = field(default_factory=Mesh)
+    expert_placement: str = "sharded"
     matmul_dtype: torch.dtype | None = None
     fp8: None = None
     fp4: None = None
@@ -248,10 +253,17 @@ class Layers(nn.ModuleList):
         return found
 
 
-def split_parameter(whole: Tensor, tensor: Axis, *, dim: int) -> nn.Parameter:
-    """The piece along `dim` of a parameter that is split over the tensor axis."""
+def split_parameter(whole: Tensor, tensor: Axis, *, dim: int, home: Axis | None = None) -> nn.Parameter:
+    """The piece along `dim` of a parameter that is split over the tensor axis.
+
+    Args:
+        home: the expert axis, if the first dimension is split over it.
+    """
+    if home is not None:
+        whole = whole.chunk(home.size)[home.rank]
     parameter = nn.Parameter(whole.chunk(tensor.size, dim=dim)[tensor.rank].clone())
     set_tensor_model_parallel_attributes(parameter, True, dim, 1)
+    setattr(parameter, EXPERT_ATTRIBUTE, home is not None)
     return parameter
 
 

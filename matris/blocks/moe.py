@@ -6,10 +6,16 @@ trajectory and the energy stays as smooth as each expert is.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from janus.comm.adjoint import copy, gather
+from janus.comm.collectives import start_all_gather
+from janus.expert_parallel.dispatcher import PlannedTokenDispatcher
+from janus.expert_parallel.plan import ExpertPlan, expert_load, fixed_plan, plan_experts
 from janus.ops.grouped import grouped_linear
 from janus.ops.segment import segment_sum
 from janus.ops.silu import silu
@@ -45,11 +51,19 @@ class RoutedExperts(SplitModule):
     """sum_k g_k expert_k(x), each expert two perceptrons W2 SiLU(W1 x), for the core and for the gate of a gated norm.
 
     Without biases and norms, so that experts are matrix products grouped by expert; the norm is shared and comes after
-    the sum. Over W tensor ranks each has hidden_size / W hidden channels of every expert.
+    the sum. Over W tensor ranks each has hidden_size / W hidden channels of every expert. Over an expert axis tokens
+    travel to the ranks that have their experts at hand: those whose homes they are, or as planned (`plan_sites`).
 
     Args:
         in_features: width of a token.
+
+    Attributes:
+        plan: of the micro-batch, over an expert axis.
+        token_bytes: of one token, there and back.
+        expert_bytes: of the weights of one expert.
     """
+
+    plan: ExpertPlan | None
 
     def __init__(self, config: MatRISConfig, in_features: int) -> None:
         super().__init__(config)
@@ -57,25 +71,73 @@ class RoutedExperts(SplitModule):
         self.num_experts, self.matmul_dtype = hyper.num_moe_experts, config.matmul_dtype
         hidden, width = hyper.moe_ffn_hidden_size, hyper.hidden_size
         self.router = ElementRouter(config)
-        experts = self.num_experts
-        self.inner = split_parameter(_uniform(in_features, experts, 2, hidden, in_features), tensor, dim=2)
-        self.core = split_parameter(_uniform(hidden, experts, width, hidden), tensor, dim=2)
-        self.gate = split_parameter(_uniform(hidden, experts, width, hidden), tensor, dim=2)
+        self.axis, self.plan = config.mesh.expert, None
+        self.has_homes = self.axis.size > 1 and config.expert_placement == "fixed"
+        experts, home = self.num_experts, self.axis if self.has_homes else None
+        self.inner = split_parameter(_uniform(in_features, experts, 2, hidden, in_features), tensor, dim=2, home=home)
+        self.core = split_parameter(_uniform(hidden, experts, width, hidden), tensor, dim=2, home=home)
+        self.gate = split_parameter(_uniform(hidden, experts, width, hidden), tensor, dim=2, home=home)
         self.hidden = hidden // tensor.size
+        number_bytes = config.params_dtype.itemsize
+        self.token_bytes = number_bytes * (in_features + 2 * width)
+        self.expert_bytes = number_bytes * self.hidden * (2 * in_features + 2 * width)
 
     def forward(self, x: Tensor, element: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (T, in_features) and their Z - 1 (T,) to sums for core and gate, (T, width), partial over ranks."""
         experts, gates = self.router()
+        gates = copy(gates, self.tensor)
+        if self.axis.size > 1:
+            return self._over_ranks(x, element, experts, gates)
         expert = experts.index_select(0, element).flatten()
         order = expert.argsort(stable=True)
         token = order.div(self.router.topk, rounding_mode="floor")
         counts = torch.bincount(expert, minlength=self.num_experts)
-        inner = grouped_linear(x.index_select(0, token), self.inner.flatten(1, 2), counts, dtype=self.matmul_dtype)
-        gate = copy(gates, self.tensor).index_select(0, element).flatten().index_select(0, order)
+        gate = gates.index_select(0, element).flatten().index_select(0, order)
+        core, gated = self._products(x.index_select(0, token), gate, counts)
+        return segment_sum(core, token, len(x)), segment_sum(gated, token, len(x))
+
+    def _over_ranks(self, x: Tensor, element: Tensor, experts: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.plan is not None, "plan_sites comes before the blocks"
+        dispatcher = PlannedTokenDispatcher(self.plan, self.router.topk, self.axis)
+        rows, kind = dispatcher.dispatch(x, element, experts.index_select(0, element))
+        # Slots without an expert come last, and get no tokens.
+        counts = torch.from_numpy(dispatcher.counts[: len(self.inner)]).to(x.device)
+        expert = torch.from_numpy(np.repeat(self.plan.slots[self.axis.rank], dispatcher.counts)).to(x.device)
+        gate = gates.new_zeros(len(gates), self.num_experts).scatter(1, experts, gates)
+        gate = gate.flatten().index_select(0, kind * self.num_experts + expert)
+        core, gated = dispatcher.combine(torch.cat(self._products(rows, gate, counts), dim=1)).chunk(2, dim=1)
+        return core, gated
+
+    def _products(self, rows: Tensor, gate: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (N, in_features) in the order of their experts, with the gates (N,) of these, to core and gate."""
+        inner = grouped_linear(rows, self.inner.flatten(1, 2), counts, dtype=self.matmul_dtype)
         for_core, for_gate = (silu(inner) * gate[:, None]).split(self.hidden, dim=1)
         core = grouped_linear(for_core, self.core, counts, dtype=self.matmul_dtype)
-        gated = grouped_linear(for_gate, self.gate, counts, dtype=self.matmul_dtype)
-        return segment_sum(core, token, len(x)), segment_sum(gated, token, len(x))
+        return core, grouped_linear(for_gate, self.gate, counts, dtype=self.matmul_dtype)
+
+
+def plan_sites(sites: Sequence[RoutedExperts], tokens: Sequence[Tensor]) -> None:
+    """Plans a micro-batch, before any of its blocks; gathers the numbers of its tokens over the expert axis.
+
+    Args:
+        sites: all of a model.
+        tokens: Z - 1 of the tokens of each site; sites with the same tokens have the same tensor.
+    """
+    axis = sites[0].axis
+    num_elements = len(sites[0].router.table)
+    kinds = list({id(elements): elements for elements in tokens}.values())
+    own = torch.stack([torch.bincount(elements, minlength=num_elements) for elements in kinds])
+    histograms = start_all_gather(own.flatten(), axis).wait().view(axis.size, *own.shape).cpu().numpy()
+    tables = torch.stack([site.router.table.detach() for site in sites])
+    routing = tables.topk(sites[0].router.topk, dim=2).indices.cpu().numpy()
+    for site, elements, experts in zip(sites, tokens, routing, strict=True):
+        which = next(index for index, kind in enumerate(kinds) if kind is elements)
+        load = expert_load(histograms[:, which], experts, site.num_experts)
+        site.plan = (
+            fixed_plan(load, axis.size)
+            if site.has_homes
+            else plan_experts(load, token_bytes=site.token_bytes, expert_bytes=site.expert_bytes)
+        )
 
 
 class ExpertAttention(MegatronModule):

@@ -18,6 +18,16 @@ def test_names_are_read_and_written() -> None:
     assert parse_layout("dp1").name == "one"
 
 
+def test_experts_bring_the_replicas_that_they_need() -> None:
+    assert parse_layout("ep2") == Layout(data=2, expert=2)
+    assert parse_layout("ep4-homexgp2xtp2") == Layout(data=2, graph=2, tensor=2, expert=4, placement="fixed")
+    assert parse_layout("fsdp2xep2") == Layout(shard=2, expert=2)
+    assert parse_layout("ep2xdp4") == Layout(data=4, expert=2)
+    for name in ("ep2", "dp4xep2-home", "fsdp2xgp2xep4"):
+        assert parse_layout(name).name == name
+    assert parse_layout("ep2").filled(6) == Layout(data=6, expert=2)
+
+
 def test_replicas_fill_the_ranks() -> None:
     assert parse_layout("tp2").filled(6) == Layout(tensor=2, data=3)
     assert parse_layout("dp2xtp2").filled(4) == Layout(tensor=2, data=2)
@@ -38,7 +48,9 @@ def test_settings_of_a_run() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("ep2", "'ep2' is no axis"),
+        ("pp2", "'pp2' is no axis"),
+        ("tp2-home", "follows ep alone"),
+        ("dp3xep2", "choose dp as a multiple of 2"),
         ("dp2,", "'' is no axis"),
         ("tp2*gp2", "no axis with a number"),
         ("dp2xdp2", "names dp twice"),

@@ -27,7 +27,7 @@ MODEL = ModelConfig(
     num_angular=3,
     readout_hidden_sizes=(8,),
 )
-EXPERTS = replace(MODEL, num_moe_experts=3, moe_router_topk=2, moe_ffn_hidden_size=6, kv_channels=4)
+EXPERTS = replace(MODEL, num_moe_experts=8, moe_router_topk=2, moe_ffn_hidden_size=6, kv_channels=4)
 
 _FLOOR = 1e-4
 """Tensors down to so much of the largest are compared on a scale of their own; no gradient of these data cancels."""
