@@ -202,7 +202,8 @@ def _pack(share: np.ndarray, load: np.ndarray, moving: np.ndarray, room: np.ndar
     ).tolist()
     rooms = room.tolist()
     free = sorted((size, rank) for rank, size in enumerate(rooms) if size)
-    waiting = [(-size, expert, place) for place, (expert, size) in enumerate(zip(experts.tolist(), moving[experts].tolist()))]
+    sizes = moving[experts].tolist()
+    waiting = [(-size, expert, place) for place, (expert, size) in enumerate(zip(experts.tolist(), sizes, strict=True))]
     heapq.heapify(waiting)
     while waiting:
         size, expert, place = heapq.heappop(waiting)
@@ -210,11 +211,12 @@ def _pack(share: np.ndarray, load: np.ndarray, moving: np.ndarray, room: np.ndar
         largest = free[-1][0]
         ranks = favourites[place]
         want = min(size, largest)
-        rank = ranks[-1]
-        if rooms[rank] < want:
-            while size > largest and rooms[ranks[-1]] < want:
-                ranks.pop()
-            rank = ranks[-1] if size > largest else free[bisect_left(free, (want, -1))][1]
+        while size > largest and ranks and rooms[ranks[-1]] < want:
+            ranks.pop()
+        if ranks and rooms[ranks[-1]] >= want:
+            rank = ranks[-1]
+        else:
+            rank = free[bisect_left(free, (want, -1))][1]
         at = bisect_left(free, (rooms[rank], rank))
         del free[at]
         given = min(size, rooms[rank])
