@@ -157,75 +157,82 @@ def _placed(load: np.ndarray, at_home: np.ndarray, limit: int) -> np.ndarray:
         room = limit - share.sum(axis=1)
     moving = (load - share).sum(axis=0)
     for _ in range(_ROUNDS):
-        open_room = np.where(share > 0, room[:, None], 0)
-        offered = open_room.sum(axis=0)
-        if not np.minimum(offered, moving).any():
+        if not _fill(share, moving, room):
             break
-        wanted = open_room * np.minimum(moving, offered) // np.maximum(offered, 1)
-        asked = wanted.sum(axis=1)
-        given = np.where((asked > room)[:, None], wanted * room[:, None] // np.maximum(asked, 1)[:, None], wanted)
-        share += given
-        room -= given.sum(axis=1)
-        moving -= given.sum(axis=0)
     if moving.any():
         _pack(share, load, moving, room)
     return share
 
 
 _ROUNDS = 3
-"""Of offering room in filled slots."""
+"""Of looking for room in filled slots; more find next to nothing."""
 
 
 def _shed(share: np.ndarray, ranks: np.ndarray, limit: int) -> None:
     """Takes what is over the limit away from these ranks: the smallest first, for that empties the most slots."""
     num_experts = share.shape[1]
     held = share[ranks]
-    # Keys without ties: a sort that differs between machines cannot matter.
+    # Here and below sorts have keys without ties, for how ties fall may differ between machines.
     order = np.sort(held * num_experts + np.arange(num_experts), axis=1) % num_experts
     rows = np.arange(len(ranks))[:, None]
     in_order = held[rows, order]
-    before = np.cumsum(in_order, axis=1) - in_order
-    over = in_order.sum(axis=1) - limit
-    held[rows, order] = in_order - np.clip(over[:, None] - before, 0, in_order)
+    over = in_order.sum(axis=1, keepdims=True) - limit
+    held[rows, order] = in_order - _first(in_order, over, axis=1)
     share[ranks] = held
 
 
+def _fill(share: np.ndarray, moving: np.ndarray, room: np.ndarray) -> bool:
+    """Gives moving copies to slots that are filled anyway, in proportion to the room there; False if there is none.
+
+    Where experts want the same room, the one comes first that is offered the least.
+    """
+    open_room = np.where(share > 0, room[:, None], 0)
+    offered = open_room.sum(axis=0)
+    experts = np.flatnonzero(np.minimum(offered, moving))
+    if not len(experts):
+        return False
+    experts = experts[np.argsort(offered[experts] * len(offered) + experts)]
+    wanted = -(-open_room[:, experts] * np.minimum(moving, offered)[experts] // offered[experts])
+    given = _first(_first(wanted, moving[experts], axis=0), room[:, None], axis=1)
+    share[:, experts] += given
+    moving[experts] -= given.sum(axis=0)
+    room -= given.sum(axis=1)
+    return True
+
+
 def _pack(share: np.ndarray, load: np.ndarray, moving: np.ndarray, room: np.ndarray) -> None:
-    """Gives each expert's moving copies to few ranks with room: the largest first, where they are, or where they fit.
+    """Gives each expert's moving copies to few ranks: the largest first, where the most are already, or where they fit.
 
     What fits nowhere as a whole fills a rank, and its rest waits for its turn.
     """
     num_ranks = len(load)
     experts = np.flatnonzero(moving)
-    favourites = (
-        (np.sort((load - share)[:, experts] * num_ranks + np.arange(num_ranks)[:, None], axis=0) % num_ranks).T
-    ).tolist()
+    present = (load - share)[:, experts] * num_ranks + np.arange(num_ranks)[:, None]
+    ranks_of = dict(zip(experts.tolist(), (np.sort(present, axis=0) % num_ranks).T.tolist(), strict=True))
+    waiting = list(zip((-moving[experts]).tolist(), experts.tolist(), strict=True))
+    heapq.heapify(waiting)
     rooms = room.tolist()
     free = sorted((size, rank) for rank, size in enumerate(rooms) if size)
-    sizes = moving[experts].tolist()
-    waiting = [(-size, expert, place) for place, (expert, size) in enumerate(zip(experts.tolist(), sizes, strict=True))]
-    heapq.heapify(waiting)
     while waiting:
-        size, expert, place = heapq.heappop(waiting)
+        size, expert = heapq.heappop(waiting)
         size = -size
-        largest = free[-1][0]
-        ranks = favourites[place]
-        want = min(size, largest)
-        while size > largest and ranks and rooms[ranks[-1]] < want:
+        wanted = min(size, free[-1][0])
+        ranks = ranks_of[expert]
+        while ranks and rooms[ranks[-1]] < wanted:  # room only shrinks: never again
             ranks.pop()
-        if ranks and rooms[ranks[-1]] >= want:
-            rank = ranks[-1]
-        else:
-            rank = free[bisect_left(free, (want, -1))][1]
-        at = bisect_left(free, (rooms[rank], rank))
-        del free[at]
-        given = min(size, rooms[rank])
-        rooms[rank] -= given
+        rank = ranks[-1] if ranks else free[bisect_left(free, (wanted, 0))][1]
+        del free[bisect_left(free, (rooms[rank], rank))]
+        rooms[rank] -= wanted
         if rooms[rank]:
             insort(free, (rooms[rank], rank))
-        share[rank, expert] += given
-        if size > given:
-            heapq.heappush(waiting, (given - size, expert, place))
+        share[rank, expert] += wanted
+        if size > wanted:
+            heapq.heappush(waiting, (wanted - size, expert))
+
+
+def _first(sizes: np.ndarray, total: np.ndarray, *, axis: int) -> np.ndarray:
+    """Of each size what is left of the total when those before it have taken theirs."""
+    return np.clip(total - (np.cumsum(sizes, axis=axis) - sizes), 0, sizes)
 
 
 def _plan(load: np.ndarray, share: np.ndarray) -> ExpertPlan:
