@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 import janus
 from janus.checkpoint import CheckpointError, read_directory, verify_directory
 from janus.comm.collectives import on_main_rank, reduce_max
-from janus.mesh import Mesh, open_mesh
+from janus.mesh import Axis, Mesh, open_mesh
 from janus.ops.fused import compile_kernels
 from janus.telemetry import require_wandb
 from janus.training.memory import keep_freed_memory
@@ -176,7 +177,8 @@ def _verify_base(config: TrainConfig, setup: Setup, mesh: Mesh) -> None:
     Raises:
         ValueError: a prediction differs by more than rounding.
     """
-    base = load_model(str(config.init_from), precision=Precision(config.training.precision), mesh=mesh).to(mesh.device)
+    whole = replace(mesh, expert=Axis(name="expert"))  # the base keeps all experts on each rank
+    base = load_model(str(config.init_from), precision=Precision(config.training.precision), mesh=whole).to(mesh.device)
     same_references = torch.equal(base.reference_energies, setup.model.reference_energies)
     keeps_references = config.data.reference_energies in (None, "base")
     if keeps_references and not same_references:

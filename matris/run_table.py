@@ -59,11 +59,13 @@ def run_table(config: TrainConfig, setup: Setup, mesh: Mesh) -> str:
 
 def _ranks(config: TrainConfig, mesh: Mesh) -> str:
     sizes = {axis.name: axis.size for axis in (mesh.data, mesh.shard, mesh.graph, mesh.tensor) if axis.size > 1}
+    experts = f", experts over {mesh.expert.size} ({config.parallel.expert_placement})" if mesh.expert.size > 1 else ""
     text = f"{mesh.world_size} x {mesh.device.type}"
     if set(sizes) <= {"data"}:
-        return f"{text}, data-parallel"
+        return f"{text}, data-parallel{experts}"
     axes = " x ".join(f"{name} {size}" for name, size in sizes.items())
-    return f"{text}: {axes}" + (f" ({config.parallel.sharding_policy})" if mesh.shard.size > 1 else "")
+    policy = f" ({config.parallel.sharding_policy})" if mesh.shard.size > 1 else ""
+    return f"{text}: {axes}{policy}{experts}"
 
 
 def _dataset(dataset: StructureDataset) -> str:

@@ -135,5 +135,6 @@ def _config(num_slots: int, topk: int) -> TransformerConfig:
         num_moe_experts=num_slots,
         moe_router_topk=topk,
         moe_ffn_hidden_size=1,
+        moe_router_pre_softmax=True,  # which it demands for one expert; the router is none of Megatron's
         cuda_graph_scope=[],
     )

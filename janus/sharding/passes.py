@@ -164,7 +164,7 @@ class Passes:
         def hook(*_: Any) -> None:
             unit.remove()
             # Inside of a backward pass, its end or the arrival of the gradient frees the unit.
-            if not self.keep and torch._C._current_graph_task_id() == -1:
+            if (unit.changes or not self.keep) and torch._C._current_graph_task_id() == -1:
                 self._resident.pop(self._index[unit], None)
 
         return hook

@@ -98,6 +98,11 @@ class RoutedExperts(SplitModule):
 
     def _over_ranks(self, x: Tensor, element: Tensor, experts: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
         assert self.plan is not None, "plan_sites comes before the blocks"
+        if isinstance(self.inner, nn.Parameter) and not self.has_homes:
+            raise RuntimeError(
+                "a model with experts over several ranks computes once its weights are shared by janus.sharding.Weights "
+                "(Learner makes them); give MatRIS a mesh without an expert axis to have all experts on each rank"
+            )
         dispatcher = PlannedTokenDispatcher(self.plan, self.router.topk, self.axis)
         rows, kind = dispatcher.dispatch(x, element, experts.index_select(0, element))
         # Slots without an expert come last, and get no tokens.

@@ -11,7 +11,7 @@ import torch
 
 from janus.comm import adjoint, collectives
 from janus.mesh import Axis, Launch
-from janus.sharding import passes
+from janus.sharding import experts, unit
 from matris.verify import Row
 from tests.parallel.gate import run_gate, write_gate_files
 from tests.parallel.ranks import run_ranks
@@ -50,7 +50,19 @@ def averages(patch: pytest.MonkeyPatch) -> None:
 
 def shard_gradients_are_averaged(patch: pytest.MonkeyPatch) -> None:
     original = collectives.start_reduce_scatter
-    patch.setattr(passes, "start_reduce_scatter", lambda whole, axis: original(whole / axis.size, axis))
+    patch.setattr(unit, "start_reduce_scatter", lambda whole, axis: original(whole / axis.size, axis))
+
+
+def experts_forget_other_ranks(patch: pytest.MonkeyPatch) -> None:
+    """A gathered expert's gradient stays with the rank that has gathered it, which keeps its piece of it."""
+    original = experts.start_all_to_all
+
+    def forgetful(rows: torch.Tensor, axis: Axis, **splits: Any) -> Any:
+        if torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled() and len(set(splits["send"])) == 1:
+            rows = rows * (torch.arange(len(rows)) * axis.size // len(rows) == axis.rank)[:, None]
+        return original(rows, axis, **splits)
+
+    patch.setattr(experts, "start_all_to_all", forgetful)
 
 
 MISTAKES: tuple[tuple[str, Patch, bool], ...] = (
@@ -59,6 +71,8 @@ MISTAKES: tuple[tuple[str, Patch, bool], ...] = (
     ("tp2", reduce_is_its_own_adjoint, False),
     ("tp2", unrecorded(adjoint._AllGather), True),
     ("tp2", unrecorded(adjoint._ReduceScatter), True),
+    ("ep2", unrecorded(adjoint._Wait), True),
+    ("ep2", experts_forget_other_ranks, True),
     ("gp2", copy_forgets_to_sum, False),
     ("gp2", unrecorded(adjoint._Wait), True),
 )
@@ -70,7 +84,8 @@ def make_mistakes(launch: Launch, folder: Path) -> list[Row]:
     for layout, mistake, _ in MISTAKES:
         with pytest.MonkeyPatch.context() as patch:
             mistake(patch)
-            rows += run_gate(launch, folder, [layout], [("small", "fp64")])
+            kind = "experts" if "ep" in layout else "dense"
+            rows += run_gate(launch, folder, [layout], [("small", "fp64", kind)])
     return rows
 
 
