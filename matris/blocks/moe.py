@@ -100,8 +100,8 @@ class RoutedExperts(SplitModule):
         assert self.plan is not None, "plan_sites comes before the blocks"
         if isinstance(self.inner, nn.Parameter) and not self.has_homes:
             raise RuntimeError(
-                "a model with experts over several ranks computes once its weights are shared by janus.sharding.Weights "
-                "(Learner makes them); give MatRIS a mesh without an expert axis to have all experts on each rank"
+                "a model with experts over several ranks computes once janus.sharding.Weights (in a Learner) shares "
+                "them; give MatRIS a mesh without an expert axis to have all experts on each rank"
             )
         dispatcher = PlannedTokenDispatcher(self.plan, self.router.topk, self.axis)
         rows, kind = dispatcher.dispatch(x, element, experts.index_select(0, element))

@@ -114,7 +114,17 @@ def _counts(model: MatRIS, layout: Layout | None) -> dict[str, Any]:
             f"--layout {layout.name}: {layout.tensor} tensor-parallel ranks do not divide the model's hidden_size "
             f"{model.hyper.hidden_size}: choose a divisor"
         )
-    memory = weight_memory(model, model.sharding_units(), shards=layout.shard, tensor=layout.tensor)
+    if layout.expert > 1 and not model.hyper.num_moe_experts:
+        raise ValueError(f"--layout {layout.name}: the model has no experts to share: leave ep{layout.expert} out")
+    memory = weight_memory(
+        model,
+        model.sharding_units(),
+        shards=layout.shard,
+        tensor=layout.tensor,
+        experts=model.expert_sites(),
+        expert_ranks=layout.expert,
+        at_home=layout.placement == "fixed",
+    )
     return counts | {
         "training_memory_per_rank": {
             "layout": layout.name,
