@@ -156,9 +156,7 @@ def _placed(load: np.ndarray, at_home: np.ndarray, limit: int) -> np.ndarray:
         _shed(share, np.flatnonzero(room < 0), limit)
         room = limit - share.sum(axis=1)
     moving = (load - share).sum(axis=0)
-    for _ in range(_ROUNDS):
-        if not _fill(share, moving, room):
-            break
+    _fill(share, moving, room)
     if moving.any():
         _pack(share, load, moving, room)
     return share
@@ -181,23 +179,27 @@ def _shed(share: np.ndarray, ranks: np.ndarray, limit: int) -> None:
     share[ranks] = held
 
 
-def _fill(share: np.ndarray, moving: np.ndarray, room: np.ndarray) -> bool:
-    """Gives moving copies to slots that are filled anyway, in proportion to the room there; False if there is none.
+def _fill(share: np.ndarray, moving: np.ndarray, room: np.ndarray) -> None:
+    """Gives moving copies to slots that are filled anyway, in proportion to the room there.
 
     Where experts want the same room, the one comes first that is offered the least.
     """
-    open_room = np.where(share > 0, room[:, None], 0)
-    offered = open_room.sum(axis=0)
-    experts = np.flatnonzero(np.minimum(offered, moving))
-    if not len(experts):
-        return False
-    experts = experts[np.argsort(offered[experts] * len(offered) + experts)]
-    wanted = -(-open_room[:, experts] * np.minimum(moving, offered)[experts] // offered[experts])
-    given = _first(_first(wanted, moving[experts], axis=0), room[:, None], axis=1)
+    experts = np.flatnonzero(moving)
+    filled = share[:, experts] > 0
+    given = np.zeros(filled.shape, dtype=np.int64)
+    for _ in range(_ROUNDS):
+        offered = room @ filled
+        found = np.flatnonzero(np.minimum(offered, moving[experts]))
+        if not len(found):
+            break
+        found = found[np.argsort(offered[found] * len(experts) + found)]
+        needed, offered = moving[experts[found]], offered[found]
+        wanted = -(-room[:, None] * np.minimum(needed, offered) // offered) * filled[:, found]
+        more = _first(_first(wanted, needed, axis=0), room[:, None], axis=1)
+        given[:, found] += more
+        moving[experts[found]] -= more.sum(axis=0)
+        room -= more.sum(axis=1)
     share[:, experts] += given
-    moving[experts] -= given.sum(axis=0)
-    room -= given.sum(axis=1)
-    return True
 
 
 def _pack(share: np.ndarray, load: np.ndarray, moving: np.ndarray, room: np.ndarray) -> None:
@@ -232,7 +234,7 @@ def _pack(share: np.ndarray, load: np.ndarray, moving: np.ndarray, room: np.ndar
 
 def _first(sizes: np.ndarray, total: np.ndarray, *, axis: int) -> np.ndarray:
     """Of each size what is left of the total when those before it have taken theirs."""
-    return np.clip(total - (np.cumsum(sizes, axis=axis) - sizes), 0, sizes)
+    return np.minimum(np.maximum(total - np.cumsum(sizes, axis=axis) + sizes, 0), sizes)
 
 
 def _plan(load: np.ndarray, share: np.ndarray) -> ExpertPlan:
