@@ -85,11 +85,11 @@ def expert_load(histogram: np.ndarray, routing: np.ndarray, num_experts: int) ->
 
     Args:
         histogram: (W, K) int64 tokens by rank and kind.
-        routing: (K, topk) int64 the experts of each kind.
+        routing: (K, topk) int64 the experts of each kind, all different.
     """
     kinds = np.flatnonzero(histogram.any(axis=0))
     serves = np.zeros((len(kinds), num_experts))
-    np.add.at(serves, (np.arange(len(kinds))[:, None], routing[kinds]), 1.0)
+    serves[np.arange(len(kinds))[:, None], routing[kinds]] = 1.0
     # Whole numbers below 2^53: float64 holds every partial sum exactly, in whatever order a library adds.
     return (histogram[:, kinds].astype(np.float64) @ serves).astype(np.int64)
 
@@ -184,22 +184,23 @@ def _fill(share: np.ndarray, moving: np.ndarray, room: np.ndarray) -> None:
 
     Where experts want the same room, the one comes first that is offered the least.
     """
-    experts = np.flatnonzero(moving)
-    filled = share[:, experts] > 0
-    given = np.zeros(filled.shape, dtype=np.int64)
+    ranks, experts = np.flatnonzero(room), np.flatnonzero(moving)
+    filled = (share.take(ranks, axis=0) > 0).take(experts, axis=1)
     for _ in range(_ROUNDS):
-        offered = room @ filled
-        found = np.flatnonzero(np.minimum(offered, moving[experts]))
-        if not len(found):
+        free, needed = room[ranks], moving[experts]
+        offered = free @ filled
+        some_free, some = np.flatnonzero(free), np.flatnonzero(np.minimum(offered, needed))
+        if not len(some):
             break
-        found = found[np.argsort(offered[found] * len(experts) + found)]
-        needed, offered = moving[experts[found]], offered[found]
-        wanted = -(-room[:, None] * np.minimum(needed, offered) // offered) * filled[:, found]
-        more = _first(_first(wanted, needed, axis=0), room[:, None], axis=1)
-        given[:, found] += more
-        moving[experts[found]] -= more.sum(axis=0)
-        room -= more.sum(axis=1)
-    share[:, experts] += given
+        some = some[np.argsort(offered[some] * len(offered) + some)]
+        filled = filled.take(some_free, axis=0).take(some, axis=1)
+        ranks, free = ranks[some_free], free[some_free, None]
+        experts, needed, offered = experts[some], needed[some], offered[some]
+        wanted = -(-free * np.minimum(needed, offered) // offered) * filled
+        given = _first(_first(wanted, needed, axis=0), free, axis=1)
+        share[ranks[:, None], experts] += given
+        moving[experts] -= given.sum(axis=0)
+        room[ranks] -= given.sum(axis=1)
 
 
 def _pack(share: np.ndarray, load: np.ndarray, moving: np.ndarray, room: np.ndarray) -> None:
@@ -210,7 +211,8 @@ def _pack(share: np.ndarray, load: np.ndarray, moving: np.ndarray, room: np.ndar
     num_ranks = len(load)
     experts = np.flatnonzero(moving)
     present = (load - share)[:, experts] * num_ranks + np.arange(num_ranks)[:, None]
-    ranks_of = dict(zip(experts.tolist(), (np.sort(present, axis=0) % num_ranks).T.tolist(), strict=True))
+    present = np.sort(present, axis=0) % num_ranks
+    ranks_of = dict(zip(experts.tolist(), present.T.tolist(), strict=True))
     waiting = list(zip((-moving[experts]).tolist(), experts.tolist(), strict=True))
     heapq.heapify(waiting)
     rooms = room.tolist()
@@ -234,7 +236,10 @@ def _pack(share: np.ndarray, load: np.ndarray, moving: np.ndarray, room: np.ndar
 
 def _first(sizes: np.ndarray, total: np.ndarray, *, axis: int) -> np.ndarray:
     """Of each size what is left of the total when those before it have taken theirs."""
-    return np.minimum(np.maximum(total - np.cumsum(sizes, axis=axis) + sizes, 0), sizes)
+    left = np.cumsum(sizes, axis=axis)
+    np.subtract(total, left, out=left)
+    left += sizes
+    return np.minimum(np.maximum(left, 0, out=left), sizes, out=left)
 
 
 def _plan(load: np.ndarray, share: np.ndarray) -> ExpertPlan:
