@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,7 +13,9 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
 from ase.stress import full_3x3_to_voigt_6_stress
 
+from matris.blocks.embedding import check_charge_and_spin
 from matris.config import Precision
+from matris.data.labels import read_charge_and_spin
 from matris.exported import load_model
 from matris.graph.batch import collate_graphs
 from matris.graph.build import build_graph
@@ -38,34 +41,47 @@ class MatRISCalculator(Calculator):
         model: directory of a saved model, or a model; of a model a copy is taken, so later training does not matter.
         device: `cpu`, `cuda`, `cuda:1`, ...
         dtype: `float32`, or `float64` for vibrations, tight relaxations and other differences of small numbers.
-        task: name of the label set to predict; only needed for models that know several.
+        task: level of theory to predict; needed for models that know several.
+        charge: total charge of every structure, e; None takes `atoms.info["charge"]`, if it is there.
+        spin: spin multiplicity 2S + 1 of every structure; None takes `atoms.info["spin"]`, if it is there.
 
     Raises:
         ValueError: missing or damaged model, unknown dtype or task, a device that is not there; at evaluation: NaN
-            positions, elements beyond Pu or that the model was not trained on, a periodic direction without a volume.
+            positions, elements that the model was not trained on, a periodic direction without a volume, a charge or
+            spin that is missing for a task that needs it, or that the model does not know.
     """
 
     implemented_properties: list[str]
     ignored_changes: ClassVar[set[str]] = {"initial_charges", "initial_magmoms"}
 
     def __init__(
-        self, model: str | Path | MatRIS, device: str = "cpu", dtype: str = "float32", task: str | None = None
+        self,
+        model: str | Path | MatRIS,
+        device: str = "cpu",
+        dtype: str = "float32",
+        task: str | None = None,
+        charge: float | None = None,
+        spin: float | None = None,
     ) -> None:
         super().__init__()
         if dtype not in PRECISIONS:
             raise ValueError(f"dtype is {dtype!r}: allowed are {', '.join(PRECISIONS)}")
         self.device = _find_device(device)
-        if task is not None:
-            raise ValueError(f"task is {task!r}: this model has one task without a name; leave task away")
         precision = PRECISIONS[dtype]
         if isinstance(model, MatRIS):
             self.model = MatRIS(model.hyper, precision=precision)
             self.model.load_state_dict(model.state_dict())
             self.model.predicts_magmoms = model.predicts_magmoms
-            self.model.elements = model.elements
+            self.model.elements, self.model.elements_of_task = model.elements, model.elements_of_task
         else:
             self.model = load_model(Path(model), precision=precision)
         self.model.to(self.device).eval()
+        self.task, self.task_number = task, self.model.task_number(task)
+        self.charge, self.spin = charge, spin
+        if task is None and (charge is not None or spin is not None):
+            raise ValueError(
+                f"charge is {charge} and spin is {spin}: a model without tasks takes neither; leave them out"
+            )
         self.implemented_properties = ["energy", "free_energy", "energies", "forces", "stress"]
         if self.model.predicts_magmoms:
             self.implemented_properties.append("magmoms")
@@ -79,7 +95,8 @@ class MatRISCalculator(Calculator):
         """Evaluate every property at once (the arguments are ASE's)."""
         super().calculate(atoms, properties, system_changes)
         structure = Structure.from_atoms(self.atoms)
-        self.model.check_elements(structure.numbers)
+        self.model.check_elements(structure.numbers, self.task)
+        charge, spin = self._charge_and_spin()
         has_stress = bool(structure.pbc.any()) and np.linalg.det(structure.cell) != 0.0
         if "stress" in properties and not has_stress:
             raise PropertyNotImplementedError(
@@ -88,9 +105,9 @@ class MatRISCalculator(Calculator):
             )
         hyper = self.model.hyper
         graph = build_graph(structure, pairwise_cutoff=hyper.pairwise_cutoff, three_body_cutoff=hyper.three_body_cutoff)
-        batch = collate_graphs([graph]).to(self.device)
+        batch = collate_graphs([graph], tasks=[self.task_number], charges=[charge], spins=[spin]).to(self.device)
         prediction = self.model(batch, stress=has_stress)
-        reference = self.model.reference_energies[batch.numbers - 1]
+        reference = self.model.reference_of_atoms(batch)
         energy = prediction.energy.item()
         results: dict[str, Any] = {
             "energy": energy,
@@ -103,6 +120,39 @@ class MatRISCalculator(Calculator):
         if has_stress:
             results["stress"] = full_3x3_to_voigt_6_stress(prediction.stress[0].cpu().numpy())
         self.results = results
+
+    def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
+        """What has changed since the last evaluation: ASE's list, and `info` for another charge or spin."""
+        changes = super().check_state(atoms, tol)
+        if self.task is not None and self.atoms is not None:
+            before, now = read_charge_and_spin(self.atoms), read_charge_and_spin(atoms)
+            if not np.array_equal(before, now, equal_nan=True):
+                changes = [*changes, "info"]
+        return changes
+
+    def _charge_and_spin(self) -> tuple[float, float]:
+        """Of the structure at hand: NaN and 0 where nothing is stated.
+
+        Raises:
+            ValueError: what the task needs is not stated, or such that the model does not know it.
+        """
+        if self.task is None:
+            return math.nan, 0.0
+        found = read_charge_and_spin(self.atoms)
+        charge = found[0] if self.charge is None else float(self.charge)
+        spin = found[1] if self.spin is None else float(self.spin)
+        hyper = self.model.hyper
+        for name, missing, tasks in (
+            ("charge", math.isnan(charge), hyper.charge_tasks),
+            ("spin", spin == 0, hyper.spin_tasks),
+        ):
+            if missing and self.task in tasks:
+                raise ValueError(
+                    f"task {self.task} needs the {name} of a structure: give MatRISCalculator(..., {name}=...), or set "
+                    f"atoms.info[{name!r}]"
+                )
+        check_charge_and_spin(charge, spin)
+        return charge, spin
 
 
 def _find_device(name: str) -> torch.device:

@@ -65,6 +65,9 @@ class ModelConfig:
         moe_router_topk: routed experts that serve an element.
         moe_ffn_hidden_size: hidden width of an expert.
         kv_channels: width of a head of the multi-head attention; must divide `hidden_size`.
+        tasks: names of the levels of theory that one model learns together, in the order of its tables; set from
+            `data.tasks`. Empty: a single one without a name, and no embedding of it.
+        charge_tasks, spin_tasks: those of them whose structures must state their total charge, their spin multiplicity.
     """
 
     num_layers: int = 4
@@ -88,10 +91,14 @@ class ModelConfig:
     moe_router_topk: int = 0
     moe_ffn_hidden_size: int = 0
     kv_channels: int = 64
+    tasks: tuple[str, ...] = ()
+    charge_tasks: tuple[str, ...] = ()
+    spin_tasks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            _check_type(f"model.{field.name}", getattr(self, field.name), type(field.default))
+            entries = str if field.name.endswith("tasks") else int
+            _check_type(f"model.{field.name}", getattr(self, field.name), type(field.default), entries)
         for name in ("num_layers", "hidden_size", "num_radial", "num_angular", "spherical_degree", "envelope_exponent"):
             value = getattr(self, name)
             if value < 1:
@@ -112,6 +119,13 @@ class ModelConfig:
         if not 1 <= self.num_elements <= 118:
             raise ValueError(f"model.num_elements is {self.num_elements}: it must be between 1 and 118")
         self._check_experts()
+        if len(set(self.tasks)) < len(self.tasks) or not all(self.tasks):
+            raise ValueError(f"model.tasks is {self.tasks}: every task needs a name of its own")
+        if unknown := {*self.charge_tasks, *self.spin_tasks}.difference(self.tasks):
+            raise ValueError(
+                f"model.charge_tasks and model.spin_tasks name {', '.join(sorted(unknown))}: model.tasks has only "
+                f"{', '.join(self.tasks) or 'no task'}"
+            )
 
     def _check_experts(self) -> None:
         names = ("num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size")
@@ -153,38 +167,47 @@ class ModelConfig:
             ValueError: unknown or missing names, or values out of range.
         """
         known = {field.name for field in fields(ModelConfig)}
-        # Models of before experts existed have none.
-        values = {name: getattr(ModelConfig, name) for name in _SINCE_EXPERTS} | values
+        # Models of before experts or tasks existed have none.
+        values = {name: getattr(ModelConfig, name) for name in _SINCE_EXPERTS + _TASKS} | values
         if set(values) != known:
             raise ValueError(
                 f"model hyper-parameters do not fit this version: unknown {sorted(set(values) - known)}, "
                 f"missing {sorted(known - set(values))}"
             )
-        sizes = values["readout_hidden_sizes"]
+        tuples = {
+            name: tuple(values[name]) if isinstance(values[name], list) else values[name]
+            for name in ("readout_hidden_sizes", *_TASKS)
+        }
         return ModelConfig(
             **{
                 **values,
+                **tuples,
                 "radial_basis": RadialBasis(values["radial_basis"]),
                 "angular_basis": AngularBasis(values["angular_basis"]),
                 "norm_type": NormType(values["norm_type"]),
-                "readout_hidden_sizes": tuple(sizes) if isinstance(sizes, list) else sizes,
             }
         )
 
 
 _SINCE_EXPERTS = ("num_elements", "num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size", "kv_channels")
+_TASKS = ("tasks", "charge_tasks", "spin_tasks")
 
 
-def _check_type(name: str, value: Any, kind: type) -> None:
-    """Values from files reach the dataclass unchecked."""
+def _check_type(name: str, value: Any, kind: type, entries: type = int) -> None:
+    """Values from files reach the dataclass unchecked.
+
+    Args:
+        entries: type of those of a tuple.
+    """
     if kind is float:
         fits = type(value) in (int, float) and math.isfinite(value)
     elif kind is tuple:
-        fits = isinstance(value, tuple) and all(type(entry) is int for entry in value)
+        fits = isinstance(value, tuple) and all(type(entry) is entries for entry in value)
     else:
         fits = type(value) is kind
     if not fits:
-        wanted = {float: "a finite number", tuple: "a tuple of whole numbers", int: "a whole number"}
+        content = {int: "whole numbers", str: "names"}[entries]
+        wanted = {float: "a finite number", tuple: f"a tuple of {content}", int: "a whole number"}
         raise ValueError(f"{name} is {value!r}: it must be {wanted.get(kind, kind.__name__)}")
 
 

@@ -113,7 +113,7 @@ def evaluate_dataset(model: MatRIS, dataset: StructureDataset, mesh: Mesh, porti
             prediction,
             batch.labels,
             batch.graph,
-            batch.task_index,
+            batch.graph.task,
             len(dataset.task_names),
             is_first=mesh.graph.rank == 0,
         )

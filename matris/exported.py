@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +25,18 @@ WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 _UNITS = {"energy": "eV", "length": "Angstrom", "forces": "eV/Angstrom", "stress": "eV/Angstrom^3", "magmoms": "muB"}
 _CONFIG_SHA256 = "config_sha256"
-_REQUIRED: dict[str, type] = {
+_REQUIRED: dict[str, type | tuple[type, ...]] = {
     "model": dict,
     "parameter_dtype": str,
     "elements": list,
     "reference_energies": dict,
-    "energy_scale": float,
+    "energy_scale": (float, dict),
     "predicts_magmoms": bool,
     "sha256": str,
     "provenance": dict,
 }
-"""Entries of `config.json` that are relied upon."""
+"""Entries of `config.json` that are relied upon. With tasks `reference_energies` and `energy_scale` hold what they do
+without, for each task by name, and `task_elements` the elements."""
 
 
 def save_model(
@@ -74,9 +75,8 @@ def save_model(
             "parameters": sum(value.numel() for name, value in state.items() if name not in buffers),
             "parameter_dtype": str(model.config.params_dtype).removeprefix("torch."),
             "units": _UNITS,
-            "elements": [SYMBOLS[number] for number in model.elements],
-            "reference_energies": _by_symbol(model.reference_energies),
-            "energy_scale": model.energy_scale.item(),
+            "elements": _symbols(model.elements),
+            **_energies(model),
             "predicts_magmoms": model.predicts_magmoms,
             "sha256": sha256_of(staging / WEIGHTS),
             "provenance": provenance,
@@ -123,7 +123,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     for name, kind in _REQUIRED.items():
         if not isinstance(config.get(name), kind):
             found = repr(config[name])[:80] if name in config else "missing"
-            raise ValueError(f"{path}: entry {name!r} is {found}: it must be a JSON value of kind {kind.__name__}")
+            raise ValueError(f"{path}: entry {name!r} is {found}: it must be a JSON value of kind {_kind_name(kind)}")
     return config
 
 
@@ -177,7 +177,8 @@ def load_model(
     except SafetensorError as error:
         raise ValueError(f"{weights} is not a readable safetensors file: {error}") from error
     try:
-        elements = tuple(sorted({number_of(str(symbol)) for symbol in config["elements"]}))
+        elements = _numbers(config["elements"])
+        of_task = {task: _numbers(symbols) for task, symbols in config.get("task_elements", {}).items()}
         model = MatRIS(
             ModelConfig.from_dict(config["model"]), precision=precision, mesh=mesh, expert_placement=expert_placement
         )
@@ -195,6 +196,7 @@ def load_model(
     except RuntimeError as error:  # shapes
         raise ValueError(f"{weights} does not fit {CONFIG}: {error}") from error
     model.elements = elements
+    model.elements_of_task = of_task
     model.predicts_magmoms = config["predicts_magmoms"]
     return model.to(device)
 
@@ -202,6 +204,32 @@ def load_model(
 def num_parameters(model: MatRIS) -> int:
     """Number of parameters, the reference energies included."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _energies(model: MatRIS) -> dict[str, Any]:
+    """Entries that tasks have one each of."""
+    tasks = model.hyper.tasks
+    if not tasks:
+        return {"reference_energies": _by_symbol(model.reference_energies), "energy_scale": model.energy_scale.item()}
+    return {
+        "reference_energies": {
+            task: _by_symbol(row) for task, row in zip(tasks, model.reference_energies, strict=True)
+        },
+        "energy_scale": dict(zip(tasks, model.energy_scale.tolist(), strict=True)),
+        "task_elements": {task: _symbols(numbers) for task, numbers in model.elements_of_task.items()},
+    }
+
+
+def _symbols(numbers: Iterable[int]) -> list[str]:
+    return [SYMBOLS[number] for number in numbers]
+
+
+def _numbers(symbols: Iterable[Any]) -> tuple[int, ...]:
+    return tuple(sorted({number_of(str(symbol)) for symbol in symbols}))
+
+
+def _kind_name(kind: type | tuple[type, ...]) -> str:
+    return " or ".join(each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,)))
 
 
 def _by_symbol(energies: Tensor) -> dict[str, float]:

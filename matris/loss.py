@@ -55,15 +55,31 @@ class LossTerms:
 
 
 def force_matching_loss(
-    prediction: Prediction, labels: LabelBatch, batch: GraphBatch, totals: LabelTotals, config: LossConfig
+    prediction: Prediction,
+    labels: LabelBatch,
+    batch: GraphBatch,
+    totals: LabelTotals,
+    config: LossConfig,
+    task_weights: Tensor | None = None,
 ) -> LossTerms:
     """Loss of one micro-batch, normalised by the label counts of the global batch.
 
     Errors are formed in float64; missing labels contribute nothing. A term of weight zero is not evaluated.
 
+    Args:
+        task_weights: (tasks, 4) factors of the structures of each task in the terms energy, forces, stress and magmoms;
+            None for ones. The counts that terms are divided by do not know them.
+
     Raises:
         ValueError: a term has a weight but the prediction lacks the quantity.
     """
+    weights = None if task_weights is None else task_weights[batch.task]
+
+    def weighted(values: Tensor, term: int, structure: Tensor) -> Tensor:
+        """Values (n, ...) of these structures (n,)."""
+        return values if weights is None else values * weights[structure, term].view(-1, *(1,) * (values.ndim - 1))
+
+    structures = torch.arange(batch.num_structures, device=batch.cell.device)
     zero = prediction.interaction_energy.new_zeros(())
     energy = forces = stress = magmoms = zero
     if config.energy_weight and totals.energy_structures:
@@ -71,9 +87,11 @@ def force_matching_loss(
         # The reference energies go to the label's side: the difference is small, and exact.
         target = (labels.energy - prediction.reference_energy)[mask]
         error = (prediction.interaction_energy[mask] - target) / batch.atoms_per_structure[mask]
-        energy = _elementwise(error, config.energy, config.huber_delta).sum() / totals.energy_structures
+        error = weighted(_elementwise(error, config.energy, config.huber_delta), 0, structures[mask])
+        energy = error.sum() / totals.energy_structures
     if config.forces_weight and totals.forces_structures:
         per_atom = _force_error(_required(prediction.forces, "forces") - labels.forces, config)
+        per_atom = weighted(per_atom, 1, batch.structure_index)
         if config.force_reduction is ForceReduction.graph:
             per_structure = segment_sum(per_atom, batch.structure_index, batch.num_structures)
             per_structure = per_structure / batch.atoms_per_structure
@@ -83,12 +101,13 @@ def force_matching_loss(
     if config.stress_weight and totals.stress_structures:
         mask = labels.stress_mask
         error = _required(prediction.stress, "stress")[mask] - labels.stress[mask]
-        stress = _elementwise(error, config.stress, config.huber_delta).mean(dim=(1, 2)).sum()
-        stress = stress / totals.stress_structures
+        error = _elementwise(error, config.stress, config.huber_delta).mean(dim=(1, 2))
+        stress = weighted(error, 2, structures[mask]).sum() / totals.stress_structures
     if config.magmoms_weight and totals.magmoms_atoms:
         mask = labels.magmoms_mask[batch.structure_index]
         error = _required(prediction.magmoms, "magmoms")[mask] - labels.magmoms[mask].abs()
-        magmoms = _elementwise(error, config.magmoms, config.huber_delta).sum() / totals.magmoms_atoms
+        error = weighted(_elementwise(error, config.magmoms, config.huber_delta), 3, batch.structure_index[mask])
+        magmoms = error.sum() / totals.magmoms_atoms
     return LossTerms.weighted(config, energy=energy, forces=forces, stress=stress, magmoms=magmoms)
 
 

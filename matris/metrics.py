@@ -96,7 +96,7 @@ def metrics_report(sums: np.ndarray, task_names: Sequence[str]) -> dict[str, obj
 
     return {
         **entry(sums.sum(axis=0)),
-        "tasks": {name: entry(part) for name, part in zip(task_names, sums, strict=True)},
+        "tasks": {name: entry(part) for name, part in zip(task_names, sums, strict=True) if part[:, 0].any()},
     }
 
 

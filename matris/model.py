@@ -15,7 +15,7 @@ from janus.ops.segment import segment_sum
 from matris.basis.envelope import polynomial_envelope
 from matris.basis.radial import build_radial_basis
 from matris.blocks.edges import EdgeSet, Rows
-from matris.blocks.embedding import AngleEmbedding, AtomEmbedding, EdgeEmbedding
+from matris.blocks.embedding import AngleEmbedding, AtomEmbedding, EdgeEmbedding, TaskEmbedding
 from matris.blocks.geometry import measure
 from matris.blocks.interaction import Connectivity, InteractionBlock
 from matris.blocks.module import Layers, MatRISConfig, MegatronModule
@@ -70,11 +70,13 @@ class MatRIS(MegatronModule):
         ValueError: the width does not divide by the tensor axis.
 
     Attributes:
-        reference_energies: (num_elements,) eV per atom of Z = 1, 2, ..., float64, not trained.
-        energy_scale: () eV, multiplies the readout's energies, not trained.
+        reference_energies: (num_elements,) eV per atom of Z = 1, 2, ..., float64, not trained; with tasks
+            (tasks, num_elements).
+        energy_scale: () eV, multiplies the readout's energies, not trained; with tasks (tasks,).
         predicts_magmoms: whether the head for magnetic moments is trained; without it they are not reported.
         elements: atomic numbers that the model was trained on, ascending; all that it has weights for unless training
             narrows them.
+        elements_of_task: the same for each task by name.
     """
 
     energy_scale: Tensor
@@ -106,6 +108,7 @@ class MatRIS(MegatronModule):
         self.precision = precision
         self.predicts_magmoms = True
         self.elements: tuple[int, ...] = tuple(range(1, config.num_elements + 1))
+        self.elements_of_task: dict[str, tuple[int, ...]] = dict.fromkeys(config.tasks, self.elements)
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
@@ -117,13 +120,16 @@ class MatRIS(MegatronModule):
                 for index in range(config.num_layers)
             )
             self.readout = Readout(megatron_config)
+            # Last, so that all others begin as they would without it.
+            self.task_embedding = TaskEmbedding(megatron_config) if config.tasks else None
         self.pair_basis = build_radial_basis(config, config.pairwise_cutoff)
         self.line_basis = build_radial_basis(config, config.three_body_cutoff)
         self.to(dtype)
+        by_task = (len(config.tasks),) if config.tasks else ()
         self.reference_energies = nn.Parameter(
-            torch.zeros(config.num_elements, dtype=torch.float64), requires_grad=False
+            torch.zeros(*by_task, config.num_elements, dtype=torch.float64), requires_grad=False
         )
-        self.register_buffer("energy_scale", torch.ones((), dtype=torch.float64))
+        self.register_buffer("energy_scale", torch.ones(by_task, dtype=torch.float64))
 
     def forward(
         self, batch: GraphBatch, *, forces: bool = True, stress: bool = True, create_graph: bool = False
@@ -149,16 +155,21 @@ class MatRIS(MegatronModule):
             gradients = list(_gradients(interaction_energy, leaves, create_graph=create_graph))
             force = -gradients.pop(0) if forces else None
             virial = gradients.pop(0) if stress else None
-            reference = self.reference_energies[batch.numbers - 1]
             prediction = Prediction(
                 energies=energies,
                 interaction_energy=interaction_energy,
-                reference_energy=self._per_structure(reference, batch),
+                reference_energy=self._per_structure(self.reference_of_atoms(batch), batch),
                 forces=force,
                 stress=None if virial is None else _per_volume(virial, batch.cell),
                 magmoms=magmoms if self.predicts_magmoms else None,
             )
         return prediction if create_graph else _detached(prediction)
+
+    def reference_of_atoms(self, batch: GraphBatch) -> Tensor:
+        """Reference energies (N,), eV."""
+        if self.task_embedding is None:
+            return self.reference_energies[batch.numbers - 1]
+        return self.reference_energies[batch.task[batch.structure_index], batch.numbers - 1]
 
     def _per_structure(self, values: Tensor, batch: GraphBatch) -> Tensor:
         """Sums (G,) over the atoms (N,) of all ranks of the graph axis."""
@@ -176,12 +187,17 @@ class MatRIS(MegatronModule):
             at_target = graph.element.index_select(0, batch.edge_target)
             plan_sites(self.expert_sites(), self.hyper.num_layers * (at_target, graph.element))
         atoms = self.atom_embedding(batch.numbers)
+        if self.task_embedding is not None:
+            atoms = atoms + self.task_embedding(batch).index_select(0, batch.structure_index)
         edges = self.edge_embedding(pair_basis[: edge_rows.owned])
         angles = self.angle_embedding(geometry.cosine)
         for block in self.blocks:
             atoms, edges, angles = block(atoms, edges, angles, graph)
         energies, magmoms = self.readout(atoms)
-        return self.energy_scale * energies.double(), magmoms.double()
+        scale = (
+            self.energy_scale if self.task_embedding is None else self.energy_scale[batch.task[batch.structure_index]]
+        )
+        return scale * energies.double(), magmoms.double()
 
     def _connectivity(
         self,
@@ -239,32 +255,57 @@ class MatRIS(MegatronModule):
 
     def sharding_units(self) -> tuple[nn.Module, ...]:
         """The modules whose parameters are sharded, each as one flat buffer, in order of use."""
-        return (self.atom_embedding, self.edge_embedding, self.angle_embedding, *self.blocks, self.readout)
+        of_tasks = () if self.task_embedding is None else (self.task_embedding,)
+        return (self.atom_embedding, *of_tasks, self.edge_embedding, self.angle_embedding, *self.blocks, self.readout)
 
-    def set_reference_energies(self, energies: Mapping[int, float]) -> None:
-        """Set reference energies, eV per atom by atomic number; elements that are not named keep theirs."""
+    def set_reference_energies(self, energies: Mapping[int, float], task: str | None = None) -> None:
+        """Set reference energies, eV per atom by atomic number; elements that are not named keep theirs.
+
+        Args:
+            task: one of the model's, if it has any.
+        """
+        table = self.reference_energies.data if task is None else self.reference_energies.data[self.task_number(task)]
         for number, energy in energies.items():
             if not 1 <= number <= self.hyper.num_elements:
                 raise ValueError(
                     f"reference energy for atomic number {number}: allowed are 1 to {self.hyper.num_elements}"
                 )
-            self.reference_energies.data[number - 1] = energy
+            table[number - 1] = energy
 
-    def check_elements(self, numbers: Iterable[int]) -> None:
+    def task_number(self, task: str | None) -> int:
+        """Of a task of this model; 0 for None where it has no tasks.
+
+        Raises:
+            ValueError: naming the tasks that there are.
+        """
+        known = self.hyper.tasks
+        if task is None and not known:
+            return 0
+        if not known:
+            raise ValueError(f"task is {task!r}: this model has one task without a name; leave task away")
+        if task not in known:
+            given = "no task is given" if task is None else f"task is {task!r}"
+            raise ValueError(f"{given}: this model has learned several levels of theory; choose {', '.join(known)}")
+        return known.index(task)
+
+    def check_elements(self, numbers: Iterable[int], task: str | None = None) -> None:
         """Refuse elements that the model was not trained on: it would give numbers without meaning for them.
 
         Args:
             numbers: atomic numbers, in any order and as often as they occur.
+            task: with which they must have been there; None for any.
 
         Raises:
             ValueError: naming the elements that are not known, and those that are.
         """
-        unseen = sorted({int(number) for number in numbers} - set(self.elements))
+        known = self.elements if task is None else self.elements_of_task[task]
+        unseen = sorted({int(number) for number in numbers} - set(known))
         if unseen:
             names = [SYMBOLS[number] if 1 <= number <= MAX_Z else f"Z={number}" for number in unseen]
+            there = "" if task is None else f" in task {task}"
             raise ValueError(
-                f"the model was not trained on {', '.join(names)}: it knows "
-                f"{', '.join(SYMBOLS[number] for number in self.elements) or 'no element'}; leave out structures with "
+                f"the model was not trained on {', '.join(names)}{there}: it knows "
+                f"{', '.join(SYMBOLS[number] for number in known) or 'no element'}; leave out structures with "
                 "other elements, or fine-tune the model on data that has them"
             )
 

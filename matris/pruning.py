@@ -51,6 +51,9 @@ def keep_elements(model: MatRIS, elements: Iterable[int]) -> MatRIS:
     pruned = MatRIS(replace(hyper, num_moe_experts=num_experts), precision=model.precision)
     pruned.load_state_dict(state)
     pruned.elements, pruned.predicts_magmoms = tuple(wanted), model.predicts_magmoms
+    pruned.elements_of_task = {
+        task: tuple(number for number in wanted if number in known) for task, known in model.elements_of_task.items()
+    }
     return pruned
 
 

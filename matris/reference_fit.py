@@ -70,6 +70,15 @@ class LabelStatistics:
         return float(np.sqrt(self.squared_force_sum / self.num_force_components))
 
 
+def statistics_by_task(dataset: StructureDataset, mesh: Mesh) -> dict[str, LabelStatistics]:
+    """`label_statistics` of the structures of each level of theory that the data set has, in the order of its names."""
+    return {
+        name: label_statistics(dataset.subset(np.flatnonzero(dataset.task_index == number)), mesh)
+        for number, name in enumerate(dataset.task_names)
+        if (dataset.task_index == number).any()
+    }
+
+
 def label_statistics(dataset: StructureDataset, mesh: Mesh) -> LabelStatistics:
     """Of the whole data set; every rank reads its share once, in bounded memory, and gathers 72 kB from each."""
     parts = gather_objects(_own_statistics(dataset, range(mesh.rank, len(dataset), mesh.world_size)), mesh)

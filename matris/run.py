@@ -162,7 +162,8 @@ def _lacks_best(directory: Path, source: Path, step: int) -> bool:
 
 def _records(setup: Setup) -> dict[str, str]:
     """What stands for the content of each data set when a run is resumed."""
-    records = {"train": f"{len(setup.datasets.train)} structures, digest {setup.statistics.digest}"}
+    labels = sum(int(entry.digest, 16) for entry in setup.statistics.values()) % 2**64
+    records = {"train": f"{len(setup.datasets.train)} structures, digest {labels:016x}"}
     for name, dataset in (("valid", setup.datasets.valid), ("test", setup.datasets.test)):
         if dataset is not None:
             parts = (dataset.sizes, *vars(dataset.label_presence).values())

@@ -7,8 +7,8 @@ import numpy as np
 from janus.data.packing import plan_micro_batches
 from janus.mesh import Mesh
 from matris.data.dataset import StructureDataset
-from matris.reference_fit import reference_table
-from matris.setup import Setup
+from matris.reference_fit import LabelStatistics, reference_table
+from matris.setup import Setup, reference_source
 from matris.train_config import TrainConfig
 
 _PLANNED_STEPS = 50
@@ -21,6 +21,7 @@ def run_table(config: TrainConfig, setup: Setup, mesh: Mesh) -> str:
     for name in ("train", "valid", "test"):
         dataset = getattr(setup.datasets, name)
         rows.append((name, "none" if dataset is None else _dataset(dataset)))
+        rows += [] if dataset is None or len(dataset.task_names) == 1 else _tasks(dataset)
     missing = [
         label
         for label in ("energy", "forces", "stress", "magmoms")
@@ -30,7 +31,7 @@ def run_table(config: TrainConfig, setup: Setup, mesh: Mesh) -> str:
     if missing:
         rows.append(("no labels", f"{', '.join(missing)}: the weight in the loss has nothing to act on"))
     compiled = ", compiled kernels" if training.compile_kernels else ""
-    ignored = [name for name in ("charge", "spin") if _differs(setup, name)]
+    ignored = [name for name in ("charge", "spin") if not hyper.tasks and _differs(setup, name)]
     if ignored:
         rows.append(("not used", f"{' and '.join(ignored)} of the structures differ, and this model does not see them"))
     rows += [
@@ -50,11 +51,11 @@ def run_table(config: TrainConfig, setup: Setup, mesh: Mesh) -> str:
             f"{setup.learner.schedule.warmup_steps} warm-up steps",
         ),
         ("output", training.output),
-        ("references", _references(config, setup)),
     ]
     lines = [f"{name:<12} {text}" for name, text in rows]
-    energies = setup.model.reference_energies.detach().cpu().numpy()
-    return "\n".join([*lines, reference_table(energies, setup.statistics)])
+    for name, statistics in setup.statistics.items():
+        lines += _references(config, setup, name, statistics)
+    return "\n".join(lines)
 
 
 def _ranks(config: TrainConfig, mesh: Mesh) -> str:
@@ -81,11 +82,18 @@ def _dataset(dataset: StructureDataset) -> str:
     )
 
 
+def _tasks(dataset: StructureDataset) -> list[tuple[str, str]]:
+    """A row for each level of theory."""
+    found = [(name, np.flatnonzero(dataset.task_index == number)) for number, name in enumerate(dataset.task_names)]
+    return [("", f"{name}: {_dataset(dataset.subset(records))}") for name, records in found if len(records)]
+
+
 def _differs(setup: Setup, name: str) -> bool:
     """Whether a total charge or spin is not the same in all data sets."""
     datasets = (setup.datasets.train, setup.datasets.valid, setup.datasets.test)
     stores = [store for dataset in datasets if dataset is not None for store in dataset.stores]
-    return len(np.unique(np.concatenate([store.column(name) for store in stores]))) > 1
+    stated = np.concatenate([store.column(name) for store in stores])
+    return len(np.unique(np.nan_to_num(stated))) > 1  # not stated: as neutral
 
 
 def _batch(config: TrainConfig, setup: Setup, mesh: Mesh) -> str:
@@ -120,15 +128,21 @@ def _budget(config: TrainConfig) -> str:
     return ", ".join(given) or "a rank's whole share at once (no budget: data.max_atoms, max_edges, max_angles)"
 
 
-def _references(config: TrainConfig, setup: Setup) -> str:
-    source = config.data.reference_energies or ("fit" if config.init_from is None else "base")
-    residual = setup.statistics.residual(setup.model.reference_energies.detach().cpu().numpy())
-    scale = float(setup.model.energy_scale)
-    text = f"{source}; they leave {1000.0 * residual:.4g} meV/atom (RMS) to the network; energy scale {scale:.4g} eV"
-    rank, count = setup.statistics.rank, len(setup.statistics.present)
+def _references(config: TrainConfig, setup: Setup, name: str, statistics: LabelStatistics) -> list[str]:
+    """Of one level of theory: where its reference energies are from, and what they are."""
+    model = setup.model
+    task = name if model.hyper.tasks else None
+    energies, scale = model.reference_energies.detach().cpu().numpy(), model.energy_scale
+    if task is not None:
+        energies, scale = energies[model.task_number(task)], scale[model.task_number(task)]
+    source = reference_source(config, name)
+    text = f"{source}; they leave {1000.0 * statistics.residual(energies):.4g} meV/atom (RMS) to the network; "
+    text += f"energy scale {float(scale):.4g} eV"
+    rank, count = statistics.rank, len(statistics.present)
     if source == "fit" and rank < count:
         text += f"; the compositions determine {rank} of {count} only, so single energies mean nothing"
-    return text
+    of_task = "" if task is None else f"{task}: "
+    return [f"{'references':<12} {of_task}{text}", reference_table(energies, statistics)]
 
 
 def _count(number: int) -> str:

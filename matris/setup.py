@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
 
 from janus.comm.collectives import on_main_rank
 from janus.data.loader import StepLoader
@@ -14,6 +19,7 @@ from janus.mesh import Mesh
 from janus.optim import AdamWConfig, DecayStyle, Schedule
 from janus.training.learner import Learner
 from janus.training.task import EvaluationSource, TrainingSource
+from matris.blocks.embedding import check_charge_and_spin
 from matris.config import ModelConfig, Precision
 from matris.data.dataset import MicroBatch, StructureDataset, graph_budget, label_totals, open_dataset
 from matris.data.frames import refuse_idle_keys
@@ -24,9 +30,19 @@ from matris.evaluation import Portions, collate_for, evaluation_source
 from matris.exported import load_model, read_config
 from matris.model import MatRIS
 from matris.precision import set_precision
-from matris.reference_fit import LabelStatistics, label_statistics, reference_energies
+from matris.reference_fit import LabelStatistics, reference_energies, statistics_by_task
 from matris.task import MatRISTask
-from matris.train_config import DEFAULT_BATCH_SIZE, DataConfig, OptimConfig, TrainConfig, to_plain
+from matris.train_config import (
+    DEFAULT_BATCH_SIZE,
+    DataConfig,
+    LabelWeights,
+    OptimConfig,
+    TaskConfig,
+    TrainConfig,
+    to_plain,
+)
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +60,7 @@ class Setup:
 
     Attributes:
         datasets: training, validation and test data.
-        statistics: of the training labels.
+        statistics: of the training labels of each level of theory, by its name.
         task: the model with its loss.
         learner: what updates it.
         sampler: global batch of each step.
@@ -54,7 +70,7 @@ class Setup:
     """
 
     datasets: Datasets
-    statistics: LabelStatistics
+    statistics: dict[str, LabelStatistics]
     task: MatRISTask
     learner: Learner
     sampler: GlobalBatchSampler
@@ -82,19 +98,14 @@ def build_setup(config: TrainConfig, mesh: Mesh) -> Setup:
     opened: list[Datasets] = []
     on_main_rank(lambda: opened.append(_open_datasets(config, hyper)), mesh)
     datasets = opened[0] if mesh.is_main else _open_datasets(config, hyper)
-    statistics = label_statistics(datasets.train, mesh)
+    statistics = statistics_by_task(datasets.train, mesh)
     model = _build_model(config, hyper, statistics, mesh).to(mesh.device)
     # Weight decay would wear off a head that nothing trains.
     model.predicts_magmoms = config.loss.magmoms_weight > 0.0
     model.readout.magmom.requires_grad_(model.predicts_magmoms)
-    task = MatRISTask(model, config.loss, datasets.train.task_names)
-    sampler = GlobalBatchSampler(
-        len(datasets.train),
-        sizes=datasets.train.sizes,
-        global_batch_size=data.structures_per_update,
-        global_budget=_global_budget(data, datasets.train),
-        seed=config.training.seed,
-    )
+    weights = _task_weights(data, hyper, mesh.device)
+    task = MatRISTask(model, config.loss, datasets.train.task_names, weights)
+    sampler = _sampler(data, datasets.train, config.training.seed)
     steps_per_epoch = sampler.first_step(1)
     num_steps = config.training.train_iters or sampler.first_step(config.training.train_epochs or 0)
     learner = Learner(
@@ -155,7 +166,7 @@ def hyper_parameters(config: TrainConfig) -> ModelConfig:
     Raises:
         ValueError: the settings ask for others than the base model has, or the ranks cannot share it.
     """
-    hyper = config.model if config.init_from is None else _of_base(config, config.init_from)
+    hyper = _with_tasks(config) if config.init_from is None else _of_base(config, config.init_from)
     tensor = config.parallel.tensor_model_parallel_size
     if hyper.hidden_size % tensor:
         raise ValueError(
@@ -176,10 +187,29 @@ def hyper_parameters(config: TrainConfig) -> ModelConfig:
     return hyper
 
 
+def _with_tasks(config: TrainConfig) -> ModelConfig:
+    tasks = config.data.tasks
+    return replace(
+        config.model,
+        tasks=tuple(task.name for task in tasks),
+        charge_tasks=tuple(task.name for task in tasks if "charge" in task.needs),
+        spin_tasks=tuple(task.name for task in tasks if "spin" in task.needs),
+    )
+
+
 def _of_base(config: TrainConfig, base_model: str) -> ModelConfig:
     base = ModelConfig.from_dict(read_config(Path(base_model))["model"])
+    asked_tasks = [task.name for task in config.data.tasks]
+    if bool(asked_tasks) != bool(base.tasks) or not set(asked_tasks) <= set(base.tasks):
+        raise ValueError(
+            f"data.tasks has {', '.join(asked_tasks) or 'no task'}, but the base model {base_model} knows "
+            f"{', '.join(base.tasks) or 'a single level of theory without a name'}: give its names to the data, or "
+            "train a new model"
+        )
     differing = []
     for entry in fields(ModelConfig):
+        if entry.name.endswith("tasks"):
+            continue
         asked, has = getattr(config.model, entry.name), getattr(base, entry.name)
         if asked != has and (entry.name in config.given_model or asked != entry.default):
             differing.append(f"model.{entry.name} is {to_plain(asked)}, the base has {to_plain(has)}")
@@ -192,61 +222,149 @@ def _of_base(config: TrainConfig, base_model: str) -> ModelConfig:
 
 
 def _open_datasets(config: TrainConfig, hyper: ModelConfig) -> Datasets:
-    data, weights = config.data, config.loss
-    refuse_idle_keys([*data.train, *data.valid, *data.test], _label_keys(data))
+    """All of a run, with the tasks of the model in the order of its tables."""
+    data = config.data
+    if not data.tasks:
+        return _open_task(config, hyper, TaskConfig(name="default", train=data.train, valid=data.valid, test=data.test))
+    found = {task.name: _open_task(config, hyper, task) for task in data.tasks}
 
-    def open_set(paths: list[str], wanted: list[str], split_key: str | None = None) -> StructureDataset | None:
+    def joined(split: str) -> StructureDataset | None:
+        parts = [(name, part) for name, sets in found.items() if (part := getattr(sets, split)) is not None]
+        return StructureDataset.joined(parts, hyper.tasks) if parts else None
+
+    train = joined("train")
+    assert train is not None
+    for name in ("energy", "forces", "magmoms"):
+        weight = getattr(config.loss, f"{name}_weight")
+        if weight > 0.0 and not getattr(train.label_presence, name).any():
+            raise ValueError(
+                f"loss.{name}_weight is {weight:g}, but no structure of data.tasks has the label {name}: set it to 0, "
+                "or give the key that the files have"
+            )
+    return Datasets(train=train, valid=joined("valid"), test=joined("test"))
+
+
+def _open_task(config: TrainConfig, hyper: ModelConfig, task: TaskConfig) -> Datasets:
+    """The data sets of one level of theory, filtered and split."""
+    data, weights = config.data, config.loss
+    where = f"data.tasks[{task.name}]" if data.tasks else "data"
+    keys = _label_keys(data, task)
+    refuse_idle_keys([*task.train, *task.valid, *task.test], keys)
+
+    def open_set(split: str, wanted: list[str], split_key: str | None = None) -> StructureDataset | None:
+        paths = getattr(task, split)
         if not paths:
             return None
-        return open_dataset(
+        dataset = open_dataset(
             paths,
             pairwise_cutoff=hyper.pairwise_cutoff,
             three_body_cutoff=hyper.three_body_cutoff,
-            keys=_label_keys(data),
+            keys=keys,
             wanted=wanted,
             cache_dir=data.cache_dir,
             num_workers=data.num_workers,
             split_key=split_key,
-            option_prefix="--data.",
+            option_prefix=f"{where}." if data.tasks else "--data.",
         )
+        kept = dataset.within(max_force=task.max_force, max_stress=task.max_stress)
+        if not len(kept):
+            raise ValueError(
+                f"{where}.{split}: none of {len(dataset)} structures is within max_force {task.max_force} eV/A and "
+                f"max_stress {task.max_stress} eV/A^3: raise the limits"
+            )
+        if len(kept) < len(dataset):
+            logger.info(
+                "%s.%s: %d of %d structures left out by max_force and max_stress",
+                *(where, split, len(dataset) - len(kept), len(dataset)),
+            )
+        if not any(present.any() for present in vars(kept.label_presence).values()):
+            raise ValueError(
+                f"{where}.{split} has no label at all: {', '.join(paths)}. Give the keys that the files have "
+                "(--data.energy_key, --data.forces_key, ...), or other files"
+            )
+        if data.tasks:
+            _check_stated(kept, task, f"{where}.{split}")
+        return kept
 
     # Stress may be missing everywhere (molecules); what has a weight otherwise must be in some structure.
-    wanted = [name for name in ("energy", "forces", "magmoms") if getattr(weights, f"{name}_weight") > 0.0]
-    train = open_set(data.train, wanted, data.split_key)
+    names = () if data.tasks else ("energy", "forces", "magmoms")
+    wanted = [name for name in names if getattr(weights, f"{name}_weight") > 0.0]
+    train = open_set("train", wanted, data.split_key)
     assert train is not None
     # What is learned is validated: a term without labels would be zero, and the untrained model the best.
     weighted = [name for name in LABEL_NAMES if getattr(weights, f"{name}_weight") > 0.0]
     learned = [name for name in weighted if getattr(train.label_presence, name).any()]
-    valid, test = open_set(data.valid, learned), open_set(data.test, [])
+    valid, test = open_set("valid", learned), open_set("test", [])
     for name, dataset in (("train", train), ("valid", valid), ("test", test)):
         if dataset is None:
             continue
-        if not any(present.any() for present in vars(dataset.label_presence).values()):
+        named = {*dataset.task_names} - ({"default", task.name} if data.tasks else {*train.task_names[:1]})
+        if named:
             raise ValueError(
-                f"data.{name} has no label at all: {', '.join(getattr(data, name))}. Give the keys that the files have "
-                "(--data.energy_key, --data.forces_key, ...), or other files"
-            )
-        if dataset.task_names != train.task_names[:1]:
-            found = sorted({*train.task_names, *dataset.task_names})
-            raise ValueError(
-                f"data.{name} brings several levels of theory together (task names {', '.join(found)}): one model for "
-                "several of them is not supported yet; give training, validation and test data of a single one"
+                f"{where}.{name} brings several levels of theory together (task names "
+                f"{', '.join(sorted({*dataset.task_names, *train.task_names}))}): give each a task of its own in "
+                "data.tasks, with its files"
             )
     if valid is None and data.valid_fraction > 0.0:
         if round(data.valid_fraction * len(train)) >= len(train) or len(train) < 2:
             largest = math.floor(1000 * (len(train) - 1) / len(train)) / 1000
             raise ValueError(
                 f"data.valid_fraction is {data.valid_fraction:g}, which leaves nothing of the {len(train)} training "
-                f"structures to learn from: choose at most {largest:g}, or give data.valid"
+                f"structures to learn from: choose at most {largest:g}, or give {where}.valid"
             )
         groups = None if data.split_key is None else train.groups()
         train, valid = train.split(data.valid_fraction, config.training.seed, groups)
         if not any(getattr(valid.label_presence, name).any() for name in learned):
             raise ValueError(
                 f"the {len(valid)} structures set aside by data.valid_fraction {data.valid_fraction:g} have none of "
-                f"the labels that are learned ({', '.join(learned)}): choose a larger fraction, or give data.valid"
+                f"the labels that are learned ({', '.join(learned)}): choose a larger fraction, or give {where}.valid"
             )
     return Datasets(train=train, valid=valid, test=test)
+
+
+def _check_stated(dataset: StructureDataset, task: TaskConfig, where: str) -> None:
+    """Refuses structures whose charge or spin the model does not know, or that the task needs and they lack."""
+    stated = np.stack([dataset.column("charge"), dataset.column("spin")], axis=1)
+    lacks = {"charge": np.isnan(stated[:, 0]), "spin": stated[:, 1] == 0.0}
+    for name in task.needs:
+        if lacks[name].any():
+            first = dataset.identifier(int(np.argmax(lacks[name])))
+            raise ValueError(
+                f"{where}: {int(lacks[name].sum())} of {len(dataset)} structures do not state their {name}, such as "
+                f"{first}, but the task needs it: add the info entry {name!r}, or leave {name} out of its needs"
+            )
+    for charge, spin in np.unique(stated, axis=0):
+        try:
+            check_charge_and_spin(charge, spin)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+
+
+def _task_weights(data: DataConfig, hyper: ModelConfig, device: torch.device) -> torch.Tensor | None:
+    """(tasks, 4) factors in the terms of the loss; None where all are one."""
+    given = {task.name: task.label_weights for task in data.tasks}
+    rows = [[getattr(given.get(name, LabelWeights()), label) for label in LABEL_NAMES] for name in hyper.tasks]
+    table = torch.tensor(rows, dtype=torch.float64, device=device)
+    return None if bool((table == 1.0).all()) else table
+
+
+def _sampler(data: DataConfig, train: StructureDataset, seed: int) -> GlobalBatchSampler:
+    """Global batches, of each task as much as its weight says."""
+    groups = shares = None
+    weights = {task.name: task.weight for task in data.tasks}
+    if len(set(weights.values())) > 1 or data.task_temperature != 1.0:
+        present, groups, counts = np.unique(train.task_index, return_inverse=True, return_counts=True)
+        factors = np.array([weights[train.task_names[number]] for number in present])
+        shares = factors * counts ** (1.0 / data.task_temperature)
+    return GlobalBatchSampler(
+        len(train),
+        sizes=train.sizes,
+        global_batch_size=data.structures_per_update,
+        global_budget=_global_budget(data, train),
+        groups=groups,
+        shares=shares,
+        seed=seed,
+    )
 
 
 def _global_budget(data: DataConfig, train: StructureDataset) -> Budget | None:
@@ -265,57 +383,91 @@ def _global_budget(data: DataConfig, train: StructureDataset) -> Budget | None:
     return budget
 
 
-def _label_keys(data: DataConfig) -> LabelKeys:
+def _label_keys(data: DataConfig, task: TaskConfig) -> LabelKeys:
+    def given(name: str) -> Any:
+        return getattr(data, name) if getattr(task, name) is None else getattr(task, name)
+
     return LabelKeys(
-        energy=data.energy_key,
-        forces=data.forces_key,
-        stress=data.stress_key,
-        virials=data.virials_key,
-        magmoms=data.magmoms_key,
-        stress_unit=StressUnit(data.stress_unit),
+        energy=given("energy_key"),
+        forces=given("forces_key"),
+        stress=given("stress_key"),
+        virials=given("virials_key"),
+        magmoms=given("magmoms_key"),
+        stress_unit=StressUnit(given("stress_unit")),
     )
 
 
-def _build_model(config: TrainConfig, hyper: ModelConfig, statistics: LabelStatistics, mesh: Mesh) -> MatRIS:
-    """New, or the base model, with its elements, reference energies and energy scale."""
+def _build_model(config: TrainConfig, hyper: ModelConfig, statistics: dict[str, LabelStatistics], mesh: Mesh) -> MatRIS:
+    """New, or the base model, with its elements, reference energies and energy scale, for each task."""
     precision, placement = Precision(config.training.precision), config.parallel.expert_placement
-    elements_of_base: tuple[int, ...] = ()
     if config.init_from is None:
         model = MatRIS(hyper, precision=precision, seed=config.training.seed, mesh=mesh, expert_placement=placement)
-        model.elements = tuple(sorted(statistics.elements))
+        model.elements, model.elements_of_task = (), dict.fromkeys(hyper.tasks, ())
     else:
         model = load_model(config.init_from, precision=precision, mesh=mesh, expert_placement=placement)
-        elements_of_base = model.elements
-        model.elements = tuple(sorted(statistics.elements.union(model.elements)))
+    of_base = dict(model.elements_of_task) if hyper.tasks else {"": model.elements}
+    found = frozenset().union(*(entry.elements for entry in statistics.values()))
+    model.elements = tuple(sorted(found.union(model.elements)))
     if model.elements[-1] > hyper.num_elements:
         raise ValueError(
             f"the training data has {SYMBOLS[model.elements[-1]]} (Z = {model.elements[-1]}), but the model has "
             f"weights for Z = 1 to {hyper.num_elements}: leave such structures out, or train a model with a larger "
             "model.num_elements (at most 118)"
         )
-    source = config.data.reference_energies or ("fit" if config.init_from is None else "base")
+    for name, entry in statistics.items():
+        task = name if hyper.tasks else None
+        known = of_base[task or ""]
+        if task is not None:
+            model.elements_of_task[task] = tuple(sorted(entry.elements.union(known)))
+        _set_references(model, task, reference_source(config, name), entry, known, config.init_from)
+        if config.init_from is None:
+            scale = model.energy_scale if task is None else model.energy_scale[model.task_number(task)]
+            scale.fill_(_energy_scale(config.data.energy_scale, _reference_row(model, task), entry))
+    return model
+
+
+def reference_source(config: TrainConfig, name: str) -> str:
+    """Where the reference energies of a level of theory are from: `fit`, `base`, ..."""
+    given = {task.name: task.reference_energies for task in config.data.tasks}.get(name)
+    return given or config.data.reference_energies or ("fit" if config.init_from is None else "base")
+
+
+def _set_references(
+    model: MatRIS,
+    task: str | None,
+    source: str,
+    statistics: LabelStatistics,
+    elements_of_base: tuple[int, ...],
+    base_model: str | None,
+) -> None:
+    """Reference energies of a level of theory, from where `reference_energies` says."""
     if source == "base":
         unknown = sorted(statistics.elements.difference(elements_of_base))
         if unknown:
             raise ValueError(
                 f"the training data has {', '.join(SYMBOLS[number] for number in unknown)}, for which the base model "
-                f"{config.init_from} has no reference energy: give --data.reference_energies fit"
+                f"{base_model} has no reference energy{'' if task is None else f' in task {task}'}: give "
+                "--data.reference_energies fit"
             )
-    else:
-        energies = reference_energies(source, statistics)
-        model.set_reference_energies({number: float(energies[number - 1]) for number in model.elements})
-    if config.init_from is None:
-        model.energy_scale.fill_(_energy_scale(config.data.energy_scale, model, statistics))
-    return model
+        return
+    energies = reference_energies(source, statistics)
+    numbers = model.elements if task is None else model.elements_of_task[task]
+    model.set_reference_energies({number: float(energies[number - 1]) for number in numbers}, task)
 
 
-def _energy_scale(setting: str | float, model: MatRIS, statistics: LabelStatistics) -> float:
+def _reference_row(model: MatRIS, task: str | None) -> np.ndarray:
+    """(num_elements,) eV."""
+    table = model.reference_energies.detach().numpy()
+    return table if task is None else table[model.task_number(task)]
+
+
+def _energy_scale(setting: str | float, references: np.ndarray, statistics: LabelStatistics) -> float:
     """eV. Without forces, or if all are zero: RMS of the energy per atom above the reference energies."""
     if not isinstance(setting, str):
         return setting
     if statistics.rms_force is not None:
         return statistics.rms_force
-    residual = statistics.residual(model.reference_energies.detach().numpy())
+    residual = statistics.residual(references)
     # Structures that are all alike have nothing above their references.
     return residual if residual > 1e-6 else 1.0
 

@@ -28,26 +28,36 @@ class MatRISTask:
         model: on the device to compute on.
         loss: weights and kinds of the terms.
         task_names: levels of theory in the data; errors are summed for each.
+        task_weights: (tasks, 4) see `force_matching_loss`.
     """
 
-    columns = (*_TERMS, *METRIC_NAMES)
-
-    def __init__(self, model: MatRIS, loss: LossConfig, task_names: Sequence[str]) -> None:
+    def __init__(
+        self, model: MatRIS, loss: LossConfig, task_names: Sequence[str], task_weights: torch.Tensor | None = None
+    ) -> None:
         self.model = model
         self.loss_config = loss
-        self.task_names = tuple(task_names)
+        self.task_names, self.task_weights = tuple(task_names), task_weights
         self.num_sums = len(_TERMS) + len(self.task_names) * len(QUANTITIES) * 3
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of `report`."""
+        return (*_TERMS, *METRIC_NAMES, *(f"{task}/{name}" for task in self._told_apart for name in METRIC_NAMES))
+
+    @property
+    def _told_apart(self) -> tuple[str, ...]:
+        return self.task_names if len(self.task_names) > 1 else ()
 
     def loss(self, micro_batch: MicroBatch, totals: LabelTotals, *, training: bool) -> MicroLoss:
         """Loss and error sums of a micro-batch, normalised by the totals of the global batch."""
         batch = micro_batch.to(self.model.reference_energies.device)
         prediction = self.predict(batch, totals, training=training)
-        terms = force_matching_loss(prediction, batch.labels, batch.graph, totals, self.loss_config)
+        terms = force_matching_loss(prediction, batch.labels, batch.graph, totals, self.loss_config, self.task_weights)
         is_first = self.model.mesh.graph.rank == 0
         once = terms.counted_once(self.loss_config, is_first=is_first)
         values = [once.total, once.energy, once.forces, once.stress, once.magmoms]
         errors = error_sums(
-            prediction, batch.labels, batch.graph, batch.task_index, len(self.task_names), is_first=is_first
+            prediction, batch.labels, batch.graph, batch.graph.task, len(self.task_names), is_first=is_first
         )
         return MicroLoss(
             total=terms.total,
@@ -67,9 +77,16 @@ class MatRISTask:
         return micro_batch.identifiers
 
     def report(self, sums: np.ndarray, num_batches: int) -> dict[str, float]:
-        """Mean loss terms (unweighted, except `loss`) and overall errors; NaN where there are no labels."""
+        """Mean loss terms (unweighted, except `loss`), overall errors and those of each of several tasks; NaN where
+        there are no labels."""
         terms = dict(zip(_TERMS, (sums[: len(_TERMS)] / num_batches).tolist(), strict=True))
-        return {**terms, **metrics(self.error_table(sums).sum(axis=0))}
+        table = self.error_table(sums)
+        of_tasks = {
+            f"{task}/{name}": value
+            for task, part in zip(self._told_apart, table, strict=False)
+            for name, value in metrics(part).items()
+        }
+        return {**terms, **metrics(table.sum(axis=0)), **of_tasks}
 
     def error_table(self, sums: np.ndarray) -> np.ndarray:
         """(num_tasks, 4, 3) error sums within the vector of all sums."""

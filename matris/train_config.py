@@ -12,6 +12,77 @@ DEFAULT_BATCH_SIZE = 16
 
 
 @dataclass(frozen=True, kw_only=True)
+class LabelWeights:
+    """Factors of a task's structures in the terms of the loss, beside the weights of the loss itself.
+
+    Attributes:
+        energy, forces, stress, magmoms: at least 0.
+    """
+
+    energy: float = 1.0
+    forces: float = 1.0
+    stress: float = 1.0
+    magmoms: float = 1.0
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            if not getattr(self, entry.name) >= 0.0:
+                raise ValueError(f"label_weights.{entry.name} is {getattr(self, entry.name)}: it must be at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """The data of one level of theory, for a model that learns several.
+
+    Attributes:
+        name: of the level of theory, by which the model is asked for it.
+        train, valid, test: files, as in `DataConfig`.
+        weight: how often its structures are drawn, relative to those of other tasks, see `data.task_temperature`.
+        label_weights: factors of its structures in the terms of the loss.
+        max_force: leave out structures with a force longer than this, eV/A.
+        max_stress: leave out structures with a stress component larger than this, eV/A^3.
+        needs: `charge`, `spin`: what every structure of this task must state (total charge, spin multiplicity); the
+            calculator then asks for it.
+        reference_energies: `fit`, `none`, `isolated`, `base` or a JSON file; None for that of `data`.
+        energy_key, forces_key, stress_key, virials_key, magmoms_key, stress_unit: as in `DataConfig`; None for those of
+            `data`.
+    """
+
+    name: str
+    train: list[str]
+    valid: list[str] = field(default_factory=list)
+    test: list[str] = field(default_factory=list)
+    weight: float = 1.0
+    label_weights: LabelWeights = field(default_factory=LabelWeights)
+    max_force: float | None = None
+    max_stress: float | None = None
+    needs: list[Literal["charge", "spin"]] = field(default_factory=list)
+    reference_energies: str | None = None
+    energy_key: str | None = None
+    forces_key: str | None = None
+    stress_key: str | None = None
+    virials_key: str | None = None
+    magmoms_key: str | None = None
+    stress_unit: Literal["eV/A^3", "GPa", "kbar-vasp"] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise ValueError("data.tasks has an entry without a name: give each task one, such as name: pbe")
+        where = f"data.tasks[{self.name}]"
+        if not self.train:
+            raise ValueError(f"{where}.train is empty: give at least one file")
+        if not 0.0 < self.weight < float("inf"):
+            raise ValueError(f"{where}.weight is {self.weight}: it must be positive; leave the task out to skip it")
+        for name in ("max_force", "max_stress"):
+            if (value := getattr(self, name)) is not None and not value > 0.0:
+                raise ValueError(f"{where}.{name} is {value}: it must be positive")
+        for name in self.needs:
+            if name not in ("charge", "spin"):
+                raise ValueError(f"{where}.needs has {name!r}: allowed are charge and spin")
+        _check_reference_energies(f"{where}.reference_energies", self.reference_energies)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What to learn from, and in which portions.
 
@@ -19,6 +90,12 @@ class DataConfig:
         train: training data: HDF5 stores of `janus-matris prepare`, or files that ASE reads (prepared on first use).
         valid: validation data; empty: `valid_fraction` of the training data.
         test: test data, evaluated with the best model at the end.
+        tasks: in place of `train`, `valid` and `test`: the data of several levels of theory, each with a name, files,
+            weights and limits of its own (`TaskConfig`); one model learns them all. As YAML, or as JSON on the command
+            line: --data.tasks '[{"name": "pbe", "train": ["a.xyz"]}, ...]'.
+        task_temperature: an epoch draws as many structures as the tasks have together, of each task a part that is
+            proportional to its weight times n^(1 / temperature), n being its number of structures. 1 (by default): each
+            structure once, where weights are equal; larger values draw more from small tasks.
         valid_fraction: share of the training structures that is set aside, by `training.seed`, where `valid` is empty;
             leave it out where `valid` is given.
         split_key: info entry of every frame (a trajectory, a composition): `valid_fraction` then sets whole groups
@@ -51,6 +128,8 @@ class DataConfig:
     train: list[str] = field(default_factory=list)
     valid: list[str] = field(default_factory=list)
     test: list[str] = field(default_factory=list)
+    tasks: list[TaskConfig] = field(default_factory=list)
+    task_temperature: float = 1.0
     valid_fraction: float = 0.1
     split_key: str | None = None
     global_batch_size: int | None = None
@@ -97,12 +176,37 @@ class DataConfig:
             )
         if not isinstance(self.energy_scale, str) and not self.energy_scale > 0.0:
             raise ValueError(f"data.energy_scale is {self.energy_scale} eV: it must be positive")
-        names = (None, "fit", "none", "isolated", "base")
-        if self.reference_energies not in names and not str(self.reference_energies).endswith(".json"):
+        _check_reference_energies("data.reference_energies", self.reference_energies)
+        self._check_tasks()
+
+    def _check_tasks(self) -> None:
+        if not self.task_temperature > 0.0:
+            raise ValueError(f"data.task_temperature is {self.task_temperature}: it must be positive")
+        if not self.tasks:
+            if self.task_temperature != DataConfig.task_temperature:
+                raise ValueError(f"data.task_temperature is {self.task_temperature}, but there are no data.tasks")
+            return
+        if self.train or self.valid or self.test:
             raise ValueError(
-                f"data.reference_energies is {self.reference_energies!r}: allowed are fit, none, isolated, base, "
-                "or the path of a .json file"
+                "data.tasks is given beside data.train, data.valid or data.test: put the files of each level of theory "
+                "into its task, or leave data.tasks out"
             )
+        if any(task.valid for task in self.tasks) and self.valid_fraction not in (0.0, DataConfig.valid_fraction):
+            raise ValueError(
+                f"data.valid_fraction is {self.valid_fraction}, and a task names files for valid: give one of them"
+            )
+        names = [task.name for task in self.tasks]
+        if len(set(names)) < len(names):
+            raise ValueError(f"data.tasks has names {', '.join(names)}: each task needs one of its own")
+        seen: dict[str, str] = {}
+        for task in self.tasks:
+            for path in task.train:
+                if path in seen:
+                    raise ValueError(
+                        f"{path} is in data.tasks[{seen[path]}].train and in data.tasks[{task.name}].train: a file has "
+                        "one level of theory, once"
+                    )
+                seen[path] = task.name
 
     @property
     def has_global_budget(self) -> bool:
@@ -308,10 +412,14 @@ class TrainConfig:
     given_model: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
-        if not self.data.train:
-            raise ValueError("data.train is empty: give at least one file, --data.train FILE")
-        if self.data.reference_energies == "base" and not self.init_from:
+        data = self.data
+        if not data.train and not data.tasks:
+            raise ValueError("data.train is empty: give at least one file, --data.train FILE (or data.tasks)")
+        sources = (data.reference_energies, *(task.reference_energies for task in data.tasks))
+        if "base" in sources and not self.init_from:
             raise ValueError("data.reference_energies is base, but there is no base model: give --init_from DIR")
+        if self.model.tasks or self.model.charge_tasks or self.model.spin_tasks:
+            raise ValueError("model.tasks follows from data.tasks: leave it out")
         if self.init_from and self.data.energy_scale != "rms_forces":
             raise ValueError(
                 f"data.energy_scale is {self.data.energy_scale} with init_from: fine-tuning keeps the scale of the "
@@ -325,7 +433,12 @@ def to_plain(value: Any) -> Any:
         return {entry.name: to_plain(getattr(value, entry.name)) for entry in fields(value) if entry.compare}
     if isinstance(value, Enum):
         return value.value
-    return list(value) if isinstance(value, tuple) else value
+    return [to_plain(entry) for entry in value] if isinstance(value, tuple | list) else value
+
+
+def _check_reference_energies(name: str, value: str | None) -> None:
+    if value not in (None, "fit", "none", "isolated", "base") and not str(value).endswith(".json"):
+        raise ValueError(f"{name} is {value!r}: allowed are fit, none, isolated, base, or the path of a .json file")
 
 
 def _check_at_least(name: str, value: float, smallest: int) -> None:

@@ -20,6 +20,9 @@ class Sampler(Protocol):
 class GlobalBatchSampler:
     """Shuffled epochs, each record exactly once per epoch, cut into global batches.
 
+    With `groups` an epoch has as many records, but so many of each group as its share says, drawn without replacement
+    from the group's own shuffled passes, which go on from epoch to epoch.
+
     With `global_batch_size` N an epoch has ceil(num_records / N) batches whose sizes differ by at most one and never
     exceed N: no tiny last batch, nothing dropped. With `global_budget` a batch takes records as long as its sums stay
     within the limits.
@@ -29,6 +32,8 @@ class GlobalBatchSampler:
         sizes: (num_records, columns), needed for a budget.
         global_batch_size: records per global batch; give this or `global_budget`.
         global_budget: limits of the sums over a global batch.
+        groups: (num_records,) int64 group of each record, 0, 1, ...; none of them empty.
+        shares: of each group, relative to each other; needed with `groups`.
         seed: of the shuffling.
     Raises:
         ValueError: no records, both or neither of size and budget, a record larger than the budget.
@@ -41,6 +46,8 @@ class GlobalBatchSampler:
         sizes: np.ndarray | None = None,
         global_batch_size: int | None = None,
         global_budget: Budget | None = None,
+        groups: np.ndarray | None = None,
+        shares: np.ndarray | None = None,
         seed: int = 0,
     ) -> None:
         if num_records < 1:
@@ -59,6 +66,11 @@ class GlobalBatchSampler:
         self._cuts = np.empty(0, np.int64)
         self._first_steps = [0]  # first step of each epoch counted so far; grows only with a budget
         self._sizes, self._capacity = sizes, None
+        self._members: list[np.ndarray] = []
+        if groups is not None:
+            assert shares is not None
+            self._members = [np.flatnonzero(groups == group) for group in range(len(shares))]
+            self._counts = apportion(num_records, shares)
         if global_budget is not None:
             if sizes is None:
                 raise ValueError("a global budget needs the sizes of the records")
@@ -71,7 +83,7 @@ class GlobalBatchSampler:
                 )
 
     def indices(self, step: int) -> np.ndarray:
-        """Records of the global batch of `step`, (n,) int64, without duplicates."""
+        """Records of the global batch of `step`, (n,) int64; none twice, unless a group has fewer than its part."""
         epoch = self.epoch(step)
         self._load(epoch)
         position = step - self.first_step(epoch)
@@ -106,7 +118,8 @@ class GlobalBatchSampler:
     def _load(self, epoch: int) -> None:
         if epoch == self._epoch:
             return
-        self._order = np.random.default_rng([self.seed, epoch]).permutation(self.num_records)
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.num_records)
+        self._order = self._drawn(epoch)[order] if self._members else order
         if self._capacity is None:
             steps = self._steps_per_epoch
             self._cuts = np.arange(steps + 1) * self.num_records // steps
@@ -114,6 +127,36 @@ class GlobalBatchSampler:
             assert self._sizes is not None
             self._cuts = _cut(self._sizes[self._order], self._capacity)
         self._epoch = epoch
+
+    def _drawn(self, epoch: int) -> np.ndarray:
+        """(num_records,) the records of an epoch, group after group."""
+        drawn = []
+        for group, (members, count) in enumerate(zip(self._members, self._counts.tolist(), strict=True)):
+            start, size = epoch * count, len(members)
+            passes = [
+                members[np.random.default_rng([self.seed, group, number, 1]).permutation(size)]
+                for number in range(start // size, (start + count - 1) // size + 1)
+            ]
+            drawn.append(np.concatenate(passes)[start % size : start % size + count])
+        return np.concatenate(drawn)
+
+
+def apportion(total: int, shares: np.ndarray) -> np.ndarray:
+    """(n,) int64 parts of `total` as near to the shares as whole numbers are, at least one each, if it reaches.
+
+    Raises:
+        ValueError: fewer than one for each.
+    """
+    if total < len(shares):
+        raise ValueError(f"{total} records do not give each of {len(shares)} groups one")
+    exact = total * shares / shares.sum()
+    # A part that is a whole number up to rounding is that number.
+    parts = np.maximum(np.floor(exact + 1e-9), 1.0).astype(np.int64)
+    while parts.sum() < total:
+        parts[np.argmax(exact - parts)] += 1
+    while parts.sum() > total:
+        parts[np.argmax(np.where(parts > 1, parts - exact, -np.inf))] -= 1
+    return parts
 
 
 class SequentialSampler:

@@ -11,7 +11,15 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from matris.config import LossConfig, ModelConfig
 from matris.presets import PRESETS
-from matris.train_config import DataConfig, OptimConfig, ParallelConfig, TrainConfig, TrainingConfig
+from matris.train_config import (
+    DataConfig,
+    LabelWeights,
+    OptimConfig,
+    ParallelConfig,
+    TaskConfig,
+    TrainConfig,
+    TrainingConfig,
+)
 
 _GROUPS = {
     "data": DataConfig,
@@ -74,6 +82,10 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
             options = parser.parse_args(_join_lists(arguments))
     except ArgumentError as error:
         raise ValueError(f"{' '.join(str(error).split())} (janus-matris train --help lists all options)") from None
+    options.data.tasks = [
+        TaskConfig(**{**vars(task), "label_weights": LabelWeights(**vars(task.label_weights))})
+        for task in options.data.tasks
+    ]
     groups: dict[str, Any] = {name: group(**vars(options[name])) for name, group in _GROUPS.items()}
     return TrainConfig(**groups, init_from=options.init_from, dry_run=options.dry_run, given_model=given)
 

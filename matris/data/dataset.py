@@ -7,13 +7,12 @@ import json
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from janus.data.packing import Budget
 from janus.data.parallel_map import map_in_order
@@ -48,17 +47,25 @@ class StructureDataset:
         stores: the files.
         sizes: (n, 3) int64 atoms, directed edges and angles of each record under the cutoffs.
         label_presence: which records have which label.
-        task_names: sorted.
+        task_names: levels of theory: those that the stores name, sorted, unless `joined` says others.
         task_index: (n,) int64 into `task_names`.
         report: which keys the labels came from.
     """
 
-    def __init__(self, stores: Sequence[StoreReader], sizes: np.ndarray, *, records: np.ndarray | None = None) -> None:
+    def __init__(
+        self,
+        stores: Sequence[StoreReader],
+        sizes: np.ndarray,
+        *,
+        records: np.ndarray | None = None,
+        tasks: tuple[Sequence[str], np.ndarray] | None = None,
+    ) -> None:
         """
         Args:
             stores: with the fields of `matris.data.records`.
             sizes: of all records of all stores.
             records: records that the data set consists of, in its order; all by default.
+            tasks: names, and (n,) the number of each of all records, in place of what the stores say.
         """
         self.stores = tuple(stores)
         self._ends = np.cumsum([len(store) for store in stores])
@@ -69,10 +76,11 @@ class StructureDataset:
         self.label_presence = LabelPresence(
             **{name: np.concatenate([store.mask(name) for store in stores])[chosen] for name in LABEL_NAMES}
         )
-        tasks = np.concatenate([store.column("task") for store in stores])
-        names, task_index = np.unique(tasks, return_inverse=True)
-        self.task_names = tuple(name.decode() for name in names)
-        self.task_index = task_index[chosen]
+        if tasks is None:
+            names, index = np.unique(np.concatenate([store.column("task") for store in stores]), return_inverse=True)
+            tasks = [name.decode() for name in names], index
+        self._tasks = tasks
+        self.task_names, self.task_index = tuple(tasks[0]), tasks[1][chosen]
         self.report = PrepareReport.join(PrepareReport.of_store(store) for store in stores)
 
     def __len__(self) -> int:
@@ -80,7 +88,7 @@ class StructureDataset:
 
     def __getitem__(self, index: int) -> Sample:
         store, record = self._locate(index)
-        return from_record(store[record])
+        return replace(from_record(store[record]), task=self.task_names[self.task_index[index]])
 
     def identifier(self, index: int) -> str:
         """Where a record comes from, `file:frame`."""
@@ -89,13 +97,49 @@ class StructureDataset:
     def subset(self, indices: np.ndarray) -> StructureDataset:
         """The records `indices`, in that order. Task names stay those of the whole."""
         records = indices if self._records is None else self._records[indices]
-        return StructureDataset(self.stores, self._all_sizes, records=records)
+        return StructureDataset(self.stores, self._all_sizes, records=records, tasks=self._tasks)
+
+    @staticmethod
+    def joined(parts: Sequence[tuple[str, StructureDataset]], names: Sequence[str]) -> StructureDataset:
+        """Data sets of several levels of theory as one, one after the other.
+
+        Args:
+            parts: each with the name of its level of theory, whatever its stores say.
+            names: of all levels of theory, in the order of their numbers; some may have no part.
+        """
+        index = [np.full(len(part._all_sizes), names.index(name)) for name, part in parts]
+        starts = np.cumsum([0, *(len(part._all_sizes) for _, part in parts)])
+        records = [
+            start + (np.arange(len(part)) if part._records is None else part._records)
+            for start, (_, part) in zip(starts, parts, strict=False)
+        ]
+        return StructureDataset(
+            [store for _, part in parts for store in part.stores],
+            np.concatenate([part._all_sizes for _, part in parts]),
+            records=np.concatenate(records),
+            tasks=(names, np.concatenate(index)),
+        )
+
+    def column(self, name: str) -> np.ndarray:
+        """(n,) a field that has one entry per record."""
+        values = np.concatenate([store.column(name) for store in self.stores if len(store)])
+        return values if self._records is None else values[self._records]
+
+    def within(self, *, max_force: float | None, max_stress: float | None) -> StructureDataset:
+        """The records whose longest force (eV/A) and largest stress component (eV/A^3) are at most these.
+
+        Missing labels exceed nothing. Reads all labels once, in bounded memory.
+        """
+        if max_force is None and max_stress is None:
+            return self
+        largest = np.concatenate([_largest_labels(store) for store in self.stores if len(store)])
+        chosen = largest if self._records is None else largest[self._records]
+        limits = [np.inf if limit is None else limit for limit in (max_force, max_stress)]
+        return self.subset(np.flatnonzero((chosen <= limits).all(axis=1)))
 
     def groups(self) -> np.ndarray:
         """(n,) number of each record's group; of stores that were prepared with a split key."""
-        values = np.concatenate([store.column("group") for store in self.stores if len(store)])
-        chosen = values if self._records is None else values[self._records]
-        return np.unique(chosen, return_inverse=True)[1]
+        return np.unique(self.column("group"), return_inverse=True)[1]
 
     def split(
         self, fraction: float, seed: int, groups: np.ndarray | None = None
@@ -124,6 +168,19 @@ class StructureDataset:
         record = index if self._records is None else int(self._records[index])
         which = int(np.searchsorted(self._ends, record, side="right"))
         return self.stores[which], record - (int(self._ends[which - 1]) if which else 0)
+
+
+def _largest_labels(store: StoreReader) -> np.ndarray:
+    """(n, 2) longest force and largest stress component of each record; zero, as stores have it, where it has none."""
+    found = np.zeros((len(store), 2))
+    for start in range(0, len(store), COPY_RECORDS):
+        stop = min(start + COPY_RECORDS, len(store))
+        columns = store.columns(start, stop)
+        lengths = np.linalg.norm(columns.values["forces"], axis=1)
+        record = np.repeat(np.arange(start, stop), columns.counts["atoms"])
+        np.maximum.at(found[:, 0], record, lengths)
+        found[start:stop, 1] = np.abs(columns.values["stress"]).max(axis=(1, 2))
+    return found
 
 
 def groups_aside(groups: np.ndarray, count: int, seed: int) -> np.ndarray:
@@ -271,13 +328,11 @@ class MicroBatch:
     Attributes:
         graph: their graphs.
         labels: their labels with masks.
-        task_index: (G,) int64.
         identifiers: where each structure comes from.
     """
 
     graph: GraphBatch
     labels: LabelBatch
-    task_index: Tensor
     identifiers: tuple[str, ...]
 
     def to(self, device: torch.device | str) -> MicroBatch:
@@ -285,7 +340,6 @@ class MicroBatch:
         return MicroBatch(
             graph=self.graph.to(device),
             labels=self.labels.to(device),
-            task_index=self.task_index.to(device, non_blocking=True),
             identifiers=self.identifiers,
         )
 
@@ -294,7 +348,6 @@ class MicroBatch:
         return MicroBatch(
             graph=self.graph.pin_memory(),
             labels=self.labels.pin_memory(),
-            task_index=self.task_index.pin_memory(),
             identifiers=self.identifiers,
         )
 
@@ -305,7 +358,7 @@ class Collate:
 
     Attributes:
         pairwise_cutoff, three_body_cutoff: Angstrom.
-        task_names: order of `task_index`.
+        task_names: in the order of their numbers.
         num_parts, part: of the graphs, over the ranks that share them; the result is one part.
         partitioner: how they are divided, see `janus.graph_parallel.partition.assign_owners`.
     """
@@ -324,7 +377,12 @@ class Collate:
             )
             for sample in samples
         ]
-        graph = collate_graphs(graphs)
+        graph = collate_graphs(
+            graphs,
+            tasks=[self.task_names.index(sample.task) for sample in samples],
+            charges=[sample.charge for sample in samples],
+            spins=[sample.spin for sample in samples],
+        )
         labels = collate_labels([sample.labels for sample in samples], [graph.num_atoms for graph in graphs])
         if self.num_parts > 1:
             graph, labels = partition_batch(
@@ -333,7 +391,6 @@ class Collate:
         return MicroBatch(
             graph=graph,
             labels=labels,
-            task_index=torch.tensor([self.task_names.index(sample.task) for sample in samples], dtype=torch.int64),
             identifiers=tuple(sample.identifier for sample in samples),
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -103,16 +104,16 @@ def read_labels(atoms: Atoms, keys: LabelKeys) -> FoundLabels:
 
 
 def read_charge_and_spin(atoms: Atoms) -> tuple[float, float]:
-    """Total charge (e, default 0) and spin multiplicity (0 where not given).
+    """Total charge (e, NaN where not given) and spin multiplicity (0 where not given).
 
     Raises:
         ValueError: not one finite number.
     """
     values = []
-    for names in (CHARGE_KEYS, SPIN_KEYS):
+    for names, missing in ((CHARGE_KEYS, math.nan), (SPIN_KEYS, 0.0)):
         name = next((name for name in names if atoms.info.get(name) is not None), None)
         try:
-            values.append(0.0 if name is None else float(_numbers(atoms.info[name], ())))
+            values.append(missing if name is None else float(_numbers(atoms.info[name], ())))
         except ValueError as error:
             raise ValueError(f"info[{name!r}] {error}") from None
     return values[0], values[1]

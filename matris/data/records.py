@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -43,7 +44,7 @@ class Sample:
         identifier: where it comes from, `file:frame` with frames counted from 0.
         structure, labels: see there; eV, Angstrom.
         task: name of the level of theory whose reference energies and metrics apply.
-        charge: total charge, e.
+        charge: total charge, e; NaN where the data do not say.
         spin: spin multiplicity 2S+1; 0 where the data do not say.
         group: value of the key by which data sets are split (a trajectory, a composition); None without such a key.
     """
@@ -52,7 +53,7 @@ class Sample:
     structure: Structure
     labels: Labels
     task: str = "default"
-    charge: float = 0.0
+    charge: float = math.nan
     spin: float = 0.0
     group: str | None = None
 

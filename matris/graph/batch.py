@@ -47,6 +47,9 @@ class GraphBatch(_TensorFields):
         cell: (G, 3, 3) float64, lattice vectors as rows, Angstrom.
         structure_index: (N,) int64 structure of each atom.
         atoms_per_structure: (G,) int64.
+        task: (G,) int64 number of each structure's level of theory.
+        charge: (G,) float64 total charge, e; NaN where it is not stated.
+        spin: (G,) float64 spin multiplicity 2S + 1; 0 where it is not stated.
         edge_target, edge_source: (E,) int64 atoms, sorted by target.
         edge_image: (E, 3) int64 lattice translation of the source.
         edge_undirected: (E,) int64; undirected_edge: (E/2,) int64 (see `Graph`).
@@ -61,6 +64,9 @@ class GraphBatch(_TensorFields):
     cell: Tensor
     structure_index: Tensor
     atoms_per_structure: Tensor
+    task: Tensor
+    charge: Tensor
+    spin: Tensor
     edge_target: Tensor
     edge_source: Tensor
     edge_image: Tensor
@@ -157,8 +163,18 @@ class LabelTotals:
         )
 
 
-def collate_graphs(graphs: Sequence[Graph]) -> GraphBatch:
-    """Join graphs into one batch; indices are shifted, nothing else changes. Without graphs the batch is empty."""
+def collate_graphs(
+    graphs: Sequence[Graph],
+    *,
+    tasks: Sequence[int] | None = None,
+    charges: Sequence[float] | None = None,
+    spins: Sequence[float] | None = None,
+) -> GraphBatch:
+    """Join graphs into one batch; indices are shifted, nothing else changes. Without graphs the batch is empty.
+
+    Args:
+        tasks, charges, spins: of each structure, as in `GraphBatch`; task 0 and nothing stated by default.
+    """
     atoms = np.array([graph.num_atoms for graph in graphs], dtype=np.int64)
     edges = np.array([graph.num_edges for graph in graphs], dtype=np.int64)
     atom_offset = np.cumsum(atoms) - atoms
@@ -179,6 +195,9 @@ def collate_graphs(graphs: Sequence[Graph]) -> GraphBatch:
         "cell": np.array([structure.cell for structure in structures]).reshape(-1, 3, 3),
         "structure_index": np.repeat(np.arange(len(graphs)), atoms),
         "atoms_per_structure": atoms,
+        "task": np.zeros(len(graphs), np.int64) if tasks is None else np.array(tasks, np.int64),
+        "charge": np.full(len(graphs), np.nan) if charges is None else np.array(charges, np.float64),
+        "spin": np.zeros(len(graphs)) if spins is None else np.array(spins, np.float64),
         "edge_target": edge_target,
         "edge_source": join("edge_source", atom_offset),
         "edge_image": np.concatenate([np.empty((0, 3), np.int64), *(graph.edge_image for graph in graphs)]),

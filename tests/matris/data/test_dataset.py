@@ -107,7 +107,7 @@ def test_collate_and_totals_agree(dataset):
     indices = np.array([3, 1, 40])
     batch = collate([dataset[int(i)] for i in indices])
     assert batch.identifiers == tuple(dataset.identifier(int(i)) for i in indices)
-    assert batch.task_index.tolist() == [0, 0, 0]
+    assert batch.graph.task.tolist() == [0, 0, 0]
     sizes = dataset.sizes[indices].sum(axis=0).tolist()
     assert [batch.graph.num_atoms, batch.graph.num_edges, batch.graph.num_angles] == sizes
     assert label_totals(dataset, indices) == type(label_totals(dataset, indices)).of([(batch.graph, batch.labels)])

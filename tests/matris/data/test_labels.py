@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 from ase import Atoms
@@ -112,7 +114,9 @@ def test_invalid_labels_are_named(key, value, message):
 
 def test_charge_and_spin():
     atoms = unlabelled()
-    assert read_charge_and_spin(atoms) == (0.0, 0.0)
+    charge, spin = read_charge_and_spin(atoms)
+    assert math.isnan(charge)
+    assert spin == 0.0
     atoms.info.update(total_charge=-1, spin_multiplicity=2)
     assert read_charge_and_spin(atoms) == (-1.0, 2.0)
     atoms.info["charge"] = 1

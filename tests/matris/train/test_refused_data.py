@@ -73,7 +73,7 @@ def test_two_levels_of_theory(folder: Path, tmp_path: Path) -> None:
     assert main(words) == 0
     for part in ("train", "valid", "test"):
         paths = [str(folder / "train.xyz")] * (part == "train") + [str(tmp_path / "other.h5")]
-        with pytest.raises(ValueError, match=r"task names default, r2scan.*not supported yet"):
+        with pytest.raises(ValueError, match=r"task names default, r2scan.*data.tasks"):
             build_setup(settings(folder, data={part: paths}, loss=PLAIN), Mesh())
 
 
@@ -99,7 +99,8 @@ def test_global_budget(folder: Path) -> None:
 
 def test_digest_of_the_training_data(folder: Path, tmp_path: Path) -> None:
     def digest(path: str) -> str:
-        return build_setup(settings(folder, data={"train": [path]}, loss=PLAIN), Mesh()).statistics.digest
+        (found,) = build_setup(settings(folder, data={"train": [path]}, loss=PLAIN), Mesh()).statistics.values()
+        return found.digest
 
     def shift(frame: ase.Atoms) -> None:
         if "stress" in frame.calc.results:
