@@ -129,7 +129,7 @@ def plan_experts(load: np.ndarray, *, token_bytes: float, expert_bytes: float, b
     Raises:
         ValueError: negative bytes, or a balance below 1.
     """
-    if not (token_bytes >= 0.0 and expert_bytes >= 0.0 and balance >= 1.0):
+    if not (token_bytes >= 0.0 and expert_bytes >= 0.0 and 1.0 <= balance < float("inf")):
         raise ValueError(
             f"a plan for {token_bytes} bytes of a token, {expert_bytes} bytes of an expert and a largest load of "
             f"{balance} times the mean: bytes are at least 0, and the largest load at least 1 times the mean"
@@ -222,7 +222,7 @@ def _pack(share: np.ndarray, load: np.ndarray, moving: np.ndarray, room: np.ndar
         size = -size
         wanted = min(size, free[-1][0])
         ranks = ranks_of[expert]
-        while ranks and rooms[ranks[-1]] < wanted:  # room only shrinks: never again
+        while ranks and rooms[ranks[-1]] < wanted:  # its turn is over: room only shrinks
             ranks.pop()
         rank = ranks[-1] if ranks else free[bisect_left(free, (wanted, 0))][1]
         del free[bisect_left(free, (rooms[rank], rank))]

@@ -192,7 +192,9 @@ def test_fixed_plan_needs_a_divisor() -> None:
         fixed_plan(np.zeros((3, 8), dtype=np.int64), 3)
 
 
-@pytest.mark.parametrize(("token", "expert", "balance"), [(-1.0, 1.0, 1.05), (1.0, float("nan"), 1.05), (1, 1, 0.9)])
+@pytest.mark.parametrize(
+    ("token", "expert", "balance"), [(-1.0, 1.0, 1.05), (1.0, float("nan"), 1.05), (1, 1, 0.9), (1, 1, np.inf)]
+)
 def test_bad_settings(token: float, expert: float, balance: float) -> None:
     with pytest.raises(ValueError, match=re.escape("at least 1 times the mean")):
         plan_experts(np.ones((2, 2), dtype=np.int64), token_bytes=token, expert_bytes=expert, balance=balance)
