@@ -1,0 +1,166 @@
+"""Models of several levels of theory: what the embedding may depend on, directories, pruning, and the calculator."""
+
+from __future__ import annotations
+
+import math
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from ase.build import bulk, molecule
+
+from matris.calculator import MatRISCalculator
+from matris.config import ModelConfig, Precision
+from matris.exported import load_model, save_model
+from matris.graph.batch import collate_graphs
+from matris.graph.build import build_graph
+from matris.graph.structure import Structure
+from matris.model import MatRIS, Prediction
+from matris.pruning import keep_elements
+from tests.matris.structures import EXPERTS, TINY, all_kinds, rattled
+from tests.matris.test_continuity import crossing, pulled
+
+NAMES = ("pbe", "wb97m", "scan")
+
+
+def awake(hyper: ModelConfig) -> MatRIS:
+    """As if trained: the projection of a new model is zero."""
+    tasks = {"tasks": NAMES, "charge_tasks": ("wb97m",), "spin_tasks": ("wb97m",)}
+    model = MatRIS(replace(hyper, **tasks), precision=Precision.fp64, seed=1)
+    assert model.task_embedding is not None
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        model.task_embedding.linear.weight.normal_()
+        model.reference_energies.normal_()
+        model.energy_scale.uniform_(0.5, 2.0)
+    return model
+
+
+@pytest.fixture(scope="module", params=["dense", "experts"])
+def model(request: pytest.FixtureRequest) -> MatRIS:
+    return awake({"dense": TINY, "experts": EXPERTS}[request.param])
+
+
+def predict(model: MatRIS, *states: tuple[Atoms, int, float, float]) -> Prediction:
+    """Of structures, each with its task, charge and spin."""
+    hyper = model.hyper
+    cutoffs = {"pairwise_cutoff": hyper.pairwise_cutoff, "three_body_cutoff": hyper.three_body_cutoff}
+    atoms, tasks, charges, spins = zip(*states, strict=True)
+    graphs = [build_graph(Structure.from_atoms(item), **cutoffs) for item in atoms]
+    return model(collate_graphs(graphs, tasks=tasks, charges=charges, spins=spins))
+
+
+def assert_same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    assert (ours - theirs).abs().max() <= 1e-12 * max(1.0, float(theirs.abs().max()))
+
+
+def test_a_new_model_with_tasks_starts_as_one_without() -> None:
+    plain = MatRIS(TINY, precision=Precision.fp64, seed=4)
+    tasks = MatRIS(replace(TINY, tasks=("pbe",)), precision=Precision.fp64, seed=4)
+    before = predict(plain, (rattled(bulk("Si")), 0, math.nan, 0.0))
+    after = predict(tasks, (rattled(bulk("Si")), 0, 3.0, 2.0))
+    for name in ("energy", "forces", "stress", "magmoms"):
+        assert torch.equal(getattr(after, name), getattr(before, name))
+    assert set(plain.state_dict()) == {name for name in tasks.state_dict() if not name.startswith("task_embedding.")}
+    assert (plain.reference_energies.shape, plain.energy_scale.shape) == ((94,), ())
+    assert (tasks.reference_energies.shape, tasks.energy_scale.shape) == ((1, 94), (1,))
+
+
+def test_task_charge_and_spin_all_matter(model: MatRIS) -> None:
+    states = [(0, 0.0, 1.0), (1, 0.0, 1.0), (2, 0.0, 1.0), (0, 1.0, 1.0), (0, -1.0, 1.0), (0, 0.0, 2.0), (0, 0.0, 0.0)]
+    found = predict(model, *((molecule("CH3CH2OH"), *state) for state in states))
+    scale = model.energy_scale[torch.tensor([task for task, *_ in states])]
+    assert len(set((found.interaction_energy / scale).numpy().round(8).tolist())) == len(states)
+
+
+@pytest.mark.parametrize("repeats", [(2, 1, 1), (3, 1, 1)])
+def test_supercell(model: MatRIS, repeats: tuple[int, int, int]) -> None:
+    atoms, count = rattled(bulk("NaCl", "rocksalt", a=5.2), 0.1), int(np.prod(repeats))
+    single, large = predict(model, (atoms, 1, 1.0, 2.0)), predict(model, (atoms * repeats, 1, 1.0, 2.0))
+    assert_same(large.energy, count * single.energy)
+    assert_same(large.forces, single.forces.repeat(count, 1))
+    assert_same(large.stress, single.stress)
+
+
+def test_energy_does_not_depend_on_batch_mates(model: MatRIS) -> None:
+    states = [(atoms, n % 3, float(n % 5 - 2), float(n % 4)) for n, atoms in enumerate(all_kinds().values())]
+    together, first = predict(model, *states), 0
+    for index, state in enumerate(states):
+        alone, last = predict(model, state), first + len(state[0])
+        assert_same(together.energy[index], alone.energy[0])
+        assert_same(together.forces[first:last], alone.forces)
+        if state[0].cell.volume:
+            assert_same(together.stress[index], alone.stress[0])
+        first = last
+
+
+@pytest.mark.parametrize("cutoff", [TINY.pairwise_cutoff, TINY.three_body_cutoff])
+@pytest.mark.parametrize("scene", [crossing, pulled])
+def test_no_jump_at_a_cutoff(model: MatRIS, scene, cutoff: float) -> None:
+    found = predict(model, *((scene(cutoff, offset), 1, 1.0, 2.0) for offset in (-1e-9, 1e-9)))
+    half = len(found.forces) // 2
+    assert abs(found.energy[0] - found.energy[1]) < 1e-7
+    assert (found.forces[:half] - found.forces[half:]).abs().max() < 1e-7
+    assert (found.stress[0] - found.stress[1]).abs().max() < 1e-7
+
+
+def test_directory_keeps_tasks(model: MatRIS, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(model.elements_of_task, "scan", (14,))
+    save_model(model, tmp_path / "model", provenance={})
+    loaded = load_model(tmp_path / "model")
+    assert loaded.hyper == model.hyper
+    assert loaded.elements_of_task == model.elements_of_task
+    states = [(rattled(bulk("Si")), task, 1.0, 2.0) for task in range(3)]
+    assert torch.equal(predict(loaded, *states).energy, predict(model, *states).energy)
+
+
+def test_pruning_keeps_tasks() -> None:
+    whole = awake(EXPERTS)
+    pruned = keep_elements(whole, [11, 17])
+    states = [(bulk("NaCl", "rocksalt", a=5.2), task, 1.0, 2.0) for task in range(3)]
+    assert_same(predict(pruned, *states).energy, predict(whole, *states).energy)
+    assert (pruned.hyper.tasks, pruned.hyper.charge_tasks) == (NAMES, ("wb97m",))
+    assert pruned.elements_of_task == dict.fromkeys(NAMES, (11, 17))
+
+
+def with_calculator(model: MatRIS, task: str | None, **settings: float) -> Atoms:
+    atoms = molecule("CH3CH2OH")
+    atoms.calc = MatRISCalculator(model, dtype="float64", task=task, **settings)
+    return atoms
+
+
+def test_calculator_takes_charge_and_spin_from_either_place(model: MatRIS) -> None:
+    given, stated = with_calculator(model, "wb97m", charge=1, spin=2), with_calculator(model, "wb97m")
+    stated.info.update(charge=1, spin=2)
+    energy = given.get_potential_energy()
+    assert stated.get_potential_energy() == energy
+    assert pytest.approx(energy, abs=1e-9) == given.get_potential_energies().sum()
+    assert pickle.loads(pickle.dumps(given.calc)).get_potential_energy(given) == energy
+    stated.info["charge"] = 0
+    assert stated.get_potential_energy() != energy
+
+
+def test_calculator_refuses_unknown_and_missing_tasks(model: MatRIS) -> None:
+    with pytest.raises(ValueError, match=r"no task is given.*pbe, wb97m, scan"):
+        with_calculator(model, None)
+    with pytest.raises(ValueError, match=r"b3lyp.*pbe, wb97m, scan"):
+        with_calculator(model, "b3lyp")
+
+
+@pytest.mark.parametrize(("settings", "words"), [({}, "needs the charge"), ({"charge": 0}, "needs the spin")])
+def test_calculator_refuses_what_is_not_stated(model: MatRIS, settings: dict[str, float], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        with_calculator(model, "wb97m", **settings).get_potential_energy()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"charge": 11}, {"charge": 0.5}, {"charge": math.inf}, {"spin": 21}, {"spin": 1.5}, {"spin": math.nan}],
+)
+def test_calculator_refuses_states_without_an_entry(model: MatRIS, settings: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="whole numbers"):
+        with_calculator(model, "pbe", **settings).get_potential_energy()
