@@ -153,10 +153,11 @@ class ModelConfig:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form, enums by their values."""
+        """JSON-ready form, enums by their values; of tasks nothing where there are none."""
         return {
             name: value.value if isinstance(value, Enum) else list(value) if isinstance(value, tuple) else value
             for name, value in asdict(self).items()
+            if self.tasks or name not in TASK_FIELDS
         }
 
     @staticmethod
@@ -168,7 +169,7 @@ class ModelConfig:
         """
         known = {field.name for field in fields(ModelConfig)}
         # Models of before experts or tasks existed have none.
-        values = {name: getattr(ModelConfig, name) for name in _SINCE_EXPERTS + _TASKS} | values
+        values = {name: getattr(ModelConfig, name) for name in _SINCE_EXPERTS + TASK_FIELDS} | values
         if set(values) != known:
             raise ValueError(
                 f"model hyper-parameters do not fit this version: unknown {sorted(set(values) - known)}, "
@@ -176,7 +177,7 @@ class ModelConfig:
             )
         tuples = {
             name: tuple(values[name]) if isinstance(values[name], list) else values[name]
-            for name in ("readout_hidden_sizes", *_TASKS)
+            for name in ("readout_hidden_sizes", *TASK_FIELDS)
         }
         return ModelConfig(
             **{
@@ -190,7 +191,8 @@ class ModelConfig:
 
 
 _SINCE_EXPERTS = ("num_elements", "num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size", "kv_channels")
-_TASKS = ("tasks", "charge_tasks", "spin_tasks")
+TASK_FIELDS = ("tasks", "charge_tasks", "spin_tasks")
+"""Hyper-parameters that follow from `data.tasks`: no options, and no settings of a run."""
 
 
 def _check_type(name: str, value: Any, kind: type, entries: type = int) -> None:

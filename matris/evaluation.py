@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from janus.data.packing import Budget
 from janus.data.sampler import SequentialSampler
 from janus.mesh import Mesh
 from janus.training.task import EvaluationSource
+from matris.blocks.embedding import check_charge_and_spin
 from matris.config import LossConfig
 from matris.data.dataset import Collate, MicroBatch, StructureDataset, label_totals
 from matris.metrics import QUANTITIES, VOIGT, error_sums, metrics_report
@@ -85,6 +86,42 @@ def evaluation_source(dataset: StructureDataset, model: MatRIS, mesh: Mesh, port
             yield from step.micro_batches
 
     return EvaluationSource(micro_batches=micro_batches, totals=label_totals(dataset, np.arange(len(dataset))))
+
+
+def of_task(dataset: StructureDataset, model: MatRIS, task: str) -> StructureDataset:
+    """The data set as one of a level of theory that the model has learned, whatever its stores say.
+
+    Raises:
+        ValueError: structures that lack a charge or a spin that the task needs, or with such that the model does not
+            know.
+    """
+    hyper = model.hyper
+    needs = [name for name, tasks in (("charge", hyper.charge_tasks), ("spin", hyper.spin_tasks)) if task in tasks]
+    check_stated(dataset, needs, f"the data of task {task}")
+    return StructureDataset.joined([(task, dataset)], hyper.tasks)
+
+
+def check_stated(dataset: StructureDataset, needs: Sequence[str], where: str) -> None:
+    """Refuses structures whose charge or spin the model does not know, or that are needed and not there.
+
+    Args:
+        needs: `charge`, `spin`.
+        where: names the data in messages.
+    """
+    stated = np.stack([dataset.column("charge"), dataset.column("spin")], axis=1)
+    lacks = {"charge": np.isnan(stated[:, 0]), "spin": stated[:, 1] == 0.0}
+    for name in needs:
+        if lacks[name].any():
+            first = dataset.identifier(int(np.argmax(lacks[name])))
+            raise ValueError(
+                f"{where}: {int(lacks[name].sum())} of {len(dataset)} structures do not state their {name}, such as "
+                f"{first}, but the task needs it: add the info entry {name!r}, or leave {name} out of its needs"
+            )
+    for charge, spin in np.unique(stated, axis=0):
+        try:
+            check_charge_and_spin(charge, spin)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
 
 
 def collate_for(model: MatRIS, dataset: StructureDataset, partitioner: str) -> Collate:

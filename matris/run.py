@@ -23,7 +23,7 @@ from janus.ops.fused import compile_kernels
 from janus.telemetry import require_wandb
 from janus.training.memory import keep_freed_memory
 from janus.training.trainer import Outcome, Trainer, TrainerConfig
-from matris.config import Precision
+from matris.config import TASK_FIELDS, Precision
 from matris.evaluation import evaluate_dataset, evaluation_source
 from matris.exported import check_model, load_model, num_parameters
 from matris.metrics import metrics_line
@@ -84,7 +84,8 @@ def run_training(config: TrainConfig) -> int:
 def _train(config: TrainConfig, setup: Setup, mesh: Mesh, output: Path) -> Outcome:
     """The trainer with the settings of this run."""
     training = config.training
-    settings = {**to_plain(config), "model": setup.model.hyper.to_dict()}
+    hyper = setup.model.hyper.to_dict()
+    settings = {**to_plain(config), "model": {name: hyper[name] for name in hyper if name not in TASK_FIELDS}}
     eval_interval = training.eval_interval or min(setup.steps_per_epoch, setup.num_steps)
     trainer = Trainer(
         task=setup.task,
@@ -178,8 +179,8 @@ def _verify_base(config: TrainConfig, setup: Setup, mesh: Mesh) -> None:
     Raises:
         ValueError: a prediction differs by more than rounding.
     """
-    whole = replace(mesh, expert=Axis(name="expert"))  # the base keeps all experts on each rank
-    base = load_model(str(config.init_from), precision=Precision(config.training.precision), mesh=whole).to(mesh.device)
+    precision = Precision(config.training.precision)
+    base = load_model(str(config.init_from), precision=precision, mesh=_with_all_experts(mesh)).to(mesh.device)
     same_references = torch.equal(base.reference_energies, setup.model.reference_energies)
     keeps_references = config.data.reference_energies in (None, "base")
     if keeps_references and not same_references:
@@ -232,7 +233,7 @@ def _largest(values: Tensor) -> float:
 def _finish(setup: Setup, mesh: Mesh, output: Path, outcome: Outcome, precision: Precision, seconds: float) -> None:
     """Errors of the best model (of the last one without validation), and pictures."""
     name = "last" if outcome.best_step is None else "best"
-    model = load_model(output / name, precision=precision, mesh=mesh).to(mesh.device)
+    model = load_model(output / name, precision=precision, mesh=_with_all_experts(mesh)).to(mesh.device)
     report: dict[str, Any] = {
         "model": name,
         "step": outcome.step if outcome.best_step is None else outcome.best_step,
@@ -248,11 +249,19 @@ def _finish(setup: Setup, mesh: Mesh, output: Path, outcome: Outcome, precision:
         report[part] = evaluation.report
         if mesh.is_main:
             print(f"{part:<5} ({name} model, {len(dataset)} structures)  {metrics_line(evaluation.report)}")
+            if setup.model.hyper.tasks:
+                for task, errors in evaluation.report["tasks"].items():
+                    print(f"      {task}: {metrics_line(errors)}")
             plot_parity(evaluation.points, evaluation.report, output / f"parity_{part}.png")
     if mesh.is_main:
         plot_learning_curves(output / "log.csv", output / "learning_curves.png")
         _write(output / "metrics.json", json.dumps(report, indent=1) + "\n")
         print(f"written: {output}")
+
+
+def _with_all_experts(mesh: Mesh) -> Mesh:
+    """For a model that is not trained, and so has all of its experts on each rank."""
+    return replace(mesh, expert=Axis(name="expert"))
 
 
 def _check_output(output: Path, wandb_project: str | None) -> None:

@@ -22,6 +22,9 @@ def run_table(config: TrainConfig, setup: Setup, mesh: Mesh) -> str:
         dataset = getattr(setup.datasets, name)
         rows.append((name, "none" if dataset is None else _dataset(dataset)))
         rows += [] if dataset is None or len(dataset.task_names) == 1 else _tasks(dataset)
+    if setup.datasets.left_out:
+        counts = ", ".join(f"{count} of {name}" for name, count in setup.datasets.left_out.items())
+        rows.append(("left out", f"structures beyond max_force or max_stress: {counts}"))
     missing = [
         label
         for label in ("energy", "forces", "stress", "magmoms")

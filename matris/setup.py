@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,13 @@ from janus.mesh import Mesh
 from janus.optim import AdamWConfig, DecayStyle, Schedule
 from janus.training.learner import Learner
 from janus.training.task import EvaluationSource, TrainingSource
-from matris.blocks.embedding import check_charge_and_spin
 from matris.config import ModelConfig, Precision
 from matris.data.dataset import MicroBatch, StructureDataset, graph_budget, label_totals, open_dataset
 from matris.data.frames import refuse_idle_keys
 from matris.data.labels import LabelKeys, StressUnit
 from matris.data.records import LABEL_NAMES
 from matris.elements import SYMBOLS
-from matris.evaluation import Portions, collate_for, evaluation_source
+from matris.evaluation import Portions, check_stated, collate_for, evaluation_source
 from matris.exported import load_model, read_config
 from matris.model import MatRIS
 from matris.precision import set_precision
@@ -42,16 +40,19 @@ from matris.train_config import (
     to_plain,
 )
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Datasets:
-    """What a run reads; `valid` and `test` are None where there is nothing."""
+    """What a run reads; `valid` and `test` are None where there is nothing.
+
+    Attributes:
+        left_out: for each set of files that has any, how many structures exceed the limits of its task.
+    """
 
     train: StructureDataset
     valid: StructureDataset | None
     test: StructureDataset | None
+    left_out: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,7 +242,8 @@ def _open_datasets(config: TrainConfig, hyper: ModelConfig) -> Datasets:
                 f"loss.{name}_weight is {weight:g}, but no structure of data.tasks has the label {name}: set it to 0, "
                 "or give the key that the files have"
             )
-    return Datasets(train=train, valid=joined("valid"), test=joined("test"))
+    left_out = {name: count for sets in found.values() for name, count in sets.left_out.items()}
+    return Datasets(train=train, valid=joined("valid"), test=joined("test"), left_out=left_out)
 
 
 def _open_task(config: TrainConfig, hyper: ModelConfig, task: TaskConfig) -> Datasets:
@@ -250,6 +252,7 @@ def _open_task(config: TrainConfig, hyper: ModelConfig, task: TaskConfig) -> Dat
     where = f"data.tasks[{task.name}]" if data.tasks else "data"
     keys = _label_keys(data, task)
     refuse_idle_keys([*task.train, *task.valid, *task.test], keys)
+    left_out: dict[str, int] = {}
 
     def open_set(split: str, wanted: list[str], split_key: str | None = None) -> StructureDataset | None:
         paths = getattr(task, split)
@@ -273,17 +276,14 @@ def _open_task(config: TrainConfig, hyper: ModelConfig, task: TaskConfig) -> Dat
                 f"max_stress {task.max_stress} eV/A^3: raise the limits"
             )
         if len(kept) < len(dataset):
-            logger.info(
-                "%s.%s: %d of %d structures left out by max_force and max_stress",
-                *(where, split, len(dataset) - len(kept), len(dataset)),
-            )
+            left_out[f"{task.name}.{split}"] = len(dataset) - len(kept)
         if not any(present.any() for present in vars(kept.label_presence).values()):
             raise ValueError(
                 f"{where}.{split} has no label at all: {', '.join(paths)}. Give the keys that the files have "
                 "(--data.energy_key, --data.forces_key, ...), or other files"
             )
         if data.tasks:
-            _check_stated(kept, task, f"{where}.{split}")
+            check_stated(kept, task.needs, f"{where}.{split}")
         return kept
 
     # Stress may be missing everywhere (molecules); what has a weight otherwise must be in some structure.
@@ -319,25 +319,7 @@ def _open_task(config: TrainConfig, hyper: ModelConfig, task: TaskConfig) -> Dat
                 f"the {len(valid)} structures set aside by data.valid_fraction {data.valid_fraction:g} have none of "
                 f"the labels that are learned ({', '.join(learned)}): choose a larger fraction, or give {where}.valid"
             )
-    return Datasets(train=train, valid=valid, test=test)
-
-
-def _check_stated(dataset: StructureDataset, task: TaskConfig, where: str) -> None:
-    """Refuses structures whose charge or spin the model does not know, or that the task needs and they lack."""
-    stated = np.stack([dataset.column("charge"), dataset.column("spin")], axis=1)
-    lacks = {"charge": np.isnan(stated[:, 0]), "spin": stated[:, 1] == 0.0}
-    for name in task.needs:
-        if lacks[name].any():
-            first = dataset.identifier(int(np.argmax(lacks[name])))
-            raise ValueError(
-                f"{where}: {int(lacks[name].sum())} of {len(dataset)} structures do not state their {name}, such as "
-                f"{first}, but the task needs it: add the info entry {name!r}, or leave {name} out of its needs"
-            )
-    for charge, spin in np.unique(stated, axis=0):
-        try:
-            check_charge_and_spin(charge, spin)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
+    return Datasets(train=train, valid=valid, test=test, left_out=left_out)
 
 
 def _task_weights(data: DataConfig, hyper: ModelConfig, device: torch.device) -> torch.Tensor | None:

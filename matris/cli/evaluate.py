@@ -23,6 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--data", required=True, nargs="+", metavar="FILE", help="stores of `prepare`, or files that ASE reads"
     )
+    parser.add_argument("--task", metavar="NAME", help="level of theory of the data, for models that know several")
     parser.add_argument("--output", required=True, type=Path, metavar="metrics.json", help="the file to write")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="parity plot [default: the output's name with .png]")
     add_label_options(parser)
@@ -73,7 +74,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from janus.mesh import open_mesh
     from matris.data.dataset import StructureDataset, graph_budget, open_dataset
     from matris.data.frames import refuse_idle_keys
-    from matris.evaluation import Portions, evaluate_dataset
+    from matris.evaluation import Portions, evaluate_dataset, of_task
     from matris.exported import load_model
     from matris.metrics import metrics_line
     from matris.plots import plot_parity
@@ -93,11 +94,12 @@ def _evaluate(options: argparse.Namespace) -> int:
     with open_mesh(options.device, graph=options.context_parallel_size) as mesh:
         precision = set_precision(options.precision, mesh.device)
         model = load_model(options.model, precision=precision, mesh=mesh).to(mesh.device)
+        model.task_number(options.task)  # refuses names that it does not know
 
         refuse_idle_keys(options.data, label_keys(options))
 
         def open_data() -> StructureDataset:
-            return open_dataset(
+            dataset = open_dataset(
                 options.data,
                 pairwise_cutoff=model.hyper.pairwise_cutoff,
                 three_body_cutoff=model.hyper.three_body_cutoff,
@@ -106,6 +108,7 @@ def _evaluate(options: argparse.Namespace) -> int:
                 cache_dir=options.cache_dir,
                 num_workers=options.num_workers,
             )
+            return dataset if options.task is None else of_task(dataset, model, options.task)
 
         on_main_rank(lambda: len(open_data()), mesh)  # prepares raw files
         dataset = open_data()
@@ -115,7 +118,7 @@ def _evaluate(options: argparse.Namespace) -> int:
                 "keys that the files have (--energy_key, --forces_key, ...), or other files"
             )
         for store in dataset.stores:
-            model.check_elements(np.unique(store.column("numbers")))
+            model.check_elements(np.unique(store.column("numbers")), options.task)
         portions = Portions(
             batch_size=options.batch_size,
             budget=graph_budget(

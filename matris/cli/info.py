@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import jsonargparse
 
-from matris.config import ModelConfig
+from matris.config import TASK_FIELDS, ModelConfig
 from matris.elements import SYMBOLS
 from matris.layouts import Layout, parse_layout
 from matris.presets import PRESETS
@@ -29,7 +29,11 @@ def main(arguments: list[str]) -> int:
         "(--model DIR [--plot FILE.png] | [--preset NAME] [--model.FIELD VALUE ...])",
         description="Parameters, hyper-parameters, elements and provenance of a saved model, or of one to be made.",
         epilog="hyper-parameters and their defaults, Angstrom (`janus-matris train --help` explains them):\n"
-        + "\n".join(f"  --model.{field.name} {_option(field.default)}" for field in fields(ModelConfig)),
+        + "\n".join(
+            f"  --model.{field.name} {_option(field.default)}"
+            for field in fields(ModelConfig)
+            if field.name not in TASK_FIELDS
+        ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -61,9 +65,10 @@ def main(arguments: list[str]) -> int:
 
 def _hyper_parameters(preset: str | None, arguments: list[str]) -> ModelConfig:
     parser = jsonargparse.ArgumentParser(prog=PROG)
-    parser.add_class_arguments(ModelConfig, "model")
+    parser.add_class_arguments(ModelConfig, "model", skip=set(TASK_FIELDS))
     base = PRESETS[preset] if preset else ModelConfig()
-    parser.set_defaults({f"model.{field.name}": getattr(base, field.name) for field in fields(base)})
+    names = [field.name for field in fields(base) if field.name not in TASK_FIELDS]
+    parser.set_defaults({f"model.{name}": getattr(base, name) for name in names})
     return ModelConfig(**vars(parser.parse_args(arguments).model))
 
 

@@ -27,7 +27,9 @@ def add_common_options(parser: ArgumentParser, *, dtype: str) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace results that are already there")
     parser.add_argument("--device", type=str, default="cpu", help="cpu, cuda, cuda:1, ...")
     parser.add_argument("--dtype", choices=["float32", "float64"], default=dtype, help="number format of the model")
-    parser.add_argument("--task", type=str, default=None, help="label set to predict, for models that know several")
+    parser.add_argument("--task", type=str, default=None, help="level of theory, for models that know several")
+    parser.add_argument("--charge", type=float, help="total charge, e; by default the structure's info entry `charge`")
+    parser.add_argument("--spin", type=float, help="spin multiplicity 2S + 1; by default the info entry `spin`")
 
 
 def parse_options(parser: ArgumentParser, arguments: list[str]) -> Namespace:
@@ -50,5 +52,7 @@ def read_atoms(options: Namespace) -> Atoms:
     from matris.calculator import MatRISCalculator
 
     atoms = read_structure(Path(options.structure), options.index)
-    atoms.calc = MatRISCalculator(options.model, options.device, options.dtype, options.task)
+    atoms.calc = MatRISCalculator(
+        options.model, options.device, options.dtype, options.task, options.charge, options.spin
+    )
     return atoms

@@ -9,7 +9,7 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from matris.config import LossConfig, ModelConfig
+from matris.config import TASK_FIELDS, LossConfig, ModelConfig
 from matris.presets import PRESETS
 from matris.train_config import (
     DataConfig,
@@ -76,9 +76,9 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
         options = parser.parse_args(_join_lists(arguments))
         given = tuple(vars(parser.parse_args(_join_lists(arguments), defaults=False).get("model", Namespace())))
         if options.preset is not None:
-            given = tuple(entry.name for entry in fields(ModelConfig))
+            given = tuple(entry.name for entry in fields(ModelConfig) if entry.name not in TASK_FIELDS)
             hyper = PRESETS[options.preset]
-            parser.set_defaults({f"model.{entry.name}": getattr(hyper, entry.name) for entry in fields(hyper)})
+            parser.set_defaults({f"model.{name}": getattr(hyper, name) for name in given})
             options = parser.parse_args(_join_lists(arguments))
     except ArgumentError as error:
         raise ValueError(f"{' '.join(str(error).split())} (janus-matris train --help lists all options)") from None
@@ -105,7 +105,7 @@ def build_parser() -> ArgumentParser:
         "--dry_run", action="store_true", help="build everything, print what the run would be, write no run"
     )
     for name, group in _GROUPS.items():
-        parser.add_class_arguments(group, name)
+        parser.add_class_arguments(group, name, skip=set(TASK_FIELDS) if group is ModelConfig else None)
     return parser
 
 
