@@ -82,6 +82,9 @@ class MatRISCalculator(Calculator):
             raise ValueError(
                 f"charge is {charge} and spin is {spin}: a model without tasks takes neither; leave them out"
             )
+        if charge is not None and math.isnan(charge):
+            raise ValueError("charge is nan: give a whole number of e, or leave it out")
+        check_charge_and_spin(0.0 if charge is None else charge, 0.0 if spin is None else spin)
         self.implemented_properties = ["energy", "free_energy", "energies", "forces", "stress"]
         if self.model.predicts_magmoms:
             self.implemented_properties.append("magmoms")

@@ -184,6 +184,11 @@ def load_model(
         )
     except ValueError as error:
         raise ValueError(f"{directory / CONFIG}: {error}") from error
+    if set(of_task) != set(model.hyper.tasks):
+        raise ValueError(
+            f"{directory / CONFIG}: entry 'task_elements' is for the tasks {sorted(of_task)}, and the model has "
+            f"{sorted(model.hyper.tasks)}: copy the model again"
+        )
     expected = set(model.state_dict())
     if set(state) != expected:
         raise ValueError(

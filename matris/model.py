@@ -263,8 +263,12 @@ class MatRIS(MegatronModule):
 
         Args:
             task: one of the model's, if it has any.
+
+        Raises:
+            ValueError: an unknown task, or none where the model has some; an atomic number without a weight.
         """
-        table = self.reference_energies.data if task is None else self.reference_energies.data[self.task_number(task)]
+        row, tables = self.task_number(task), self.reference_energies.data
+        table = tables[row] if self.hyper.tasks else tables
         for number, energy in energies.items():
             if not 1 <= number <= self.hyper.num_elements:
                 raise ValueError(

@@ -429,6 +429,8 @@ class TrainConfig:
 
 def to_plain(value: Any) -> Any:
     """Settings as JSON- and YAML-ready values: dataclasses as dictionaries, enums by value, tuples as lists."""
+    if isinstance(value, ModelConfig):
+        return value.to_dict()
     if is_dataclass(value):
         return {entry.name: to_plain(getattr(value, entry.name)) for entry in fields(value) if entry.compare}
     if isinstance(value, Enum):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import pickle
 from dataclasses import replace
@@ -15,7 +16,7 @@ from ase.build import bulk, molecule
 
 from matris.calculator import MatRISCalculator
 from matris.config import ModelConfig, Precision
-from matris.exported import load_model, save_model
+from matris.exported import config_sha256, load_model, save_model
 from matris.graph.batch import collate_graphs
 from matris.graph.build import build_graph
 from matris.graph.structure import Structure
@@ -159,8 +160,57 @@ def test_calculator_refuses_what_is_not_stated(model: MatRIS, settings: dict[str
 
 @pytest.mark.parametrize(
     "settings",
-    [{"charge": 11}, {"charge": 0.5}, {"charge": math.inf}, {"spin": 21}, {"spin": 1.5}, {"spin": math.nan}],
+    [
+        *({"charge": value} for value in (11, -11, 0.5, math.inf, math.nan)),
+        *({"spin": value} for value in (21, -1, 1.5, math.nan)),
+    ],
 )
-def test_calculator_refuses_states_without_an_entry(model: MatRIS, settings: dict[str, float]) -> None:
+def test_states_without_an_entry_are_refused_at_once(model: MatRIS, settings: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="whole number"):
+        with_calculator(model, "pbe", **settings)
+
+
+@pytest.mark.parametrize("settings", [{"charge": -11}, {"charge": 0.5}, {"spin": 21}, {"spin": -1}])
+def test_states_in_a_structure_are_refused(model: MatRIS, settings: dict[str, float]) -> None:
+    atoms = with_calculator(model, "pbe")
+    atoms.info.update(settings)
     with pytest.raises(ValueError, match="whole numbers"):
-        with_calculator(model, "pbe", **settings).get_potential_energy()
+        atoms.get_potential_energy()
+
+
+def test_a_model_without_tasks_takes_no_task_and_no_state() -> None:
+    plain = MatRIS(TINY, precision=Precision.fp64, seed=4)
+    with pytest.raises(ValueError, match=r"task is 'pbe'.*leave task away"):
+        with_calculator(plain, "pbe")
+    with pytest.raises(ValueError, match="takes neither"):
+        with_calculator(plain, None, charge=1)
+
+
+def test_reference_energies_belong_to_a_task(model: MatRIS) -> None:
+    with pytest.raises(ValueError, match=r"no task is given.*pbe, wb97m, scan"):
+        model.set_reference_energies({1: -1.0})
+
+
+def test_tasks_of_a_directory_must_fit_its_model(model: MatRIS, tmp_path: Path) -> None:
+    save_model(model, tmp_path / "model", provenance={})
+    path = tmp_path / "model" / "config.json"
+    config = json.loads(path.read_text())
+    del config["task_elements"]["scan"]
+    path.write_text(json.dumps(config | {"config_sha256": config_sha256(config)}))
+    with pytest.raises(ValueError, match="task_elements"):
+        load_model(tmp_path / "model")
+
+
+def test_without_tasks_nothing_is_written_of_them() -> None:
+    assert not any("task" in name for name in TINY.to_dict())
+    assert ModelConfig.from_dict(TINY.to_dict()) == TINY
+    several = replace(TINY, tasks=NAMES, charge_tasks=("scan",))
+    assert ModelConfig.from_dict(several.to_dict()) == several
+
+
+@pytest.mark.parametrize(
+    "fields", [{"tasks": ("a", "a")}, {"tasks": ("",)}, {"tasks": "pbe"}, {"charge_tasks": ("a",)}, {"tasks": (1,)}]
+)
+def test_wrong_names_are_refused(fields: dict) -> None:
+    with pytest.raises(ValueError, match="tasks"):
+        replace(TINY, **fields)
