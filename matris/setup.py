@@ -283,7 +283,10 @@ def _open_task(config: TrainConfig, hyper: ModelConfig, task: TaskConfig) -> Dat
                 "(--data.energy_key, --data.forces_key, ...), or other files"
             )
         if data.tasks:
-            check_stated(kept, task.needs, f"{where}.{split}")
+            # With a base model that is what the base needs too, whatever the settings repeat of it.
+            of_model = {"charge": hyper.charge_tasks, "spin": hyper.spin_tasks}
+            needs = [name for name, tasks in of_model.items() if name in task.needs or task.name in tasks]
+            check_stated(kept, needs, f"{where}.{split}")
         return kept
 
     # Stress may be missing everywhere (molecules); what has a weight otherwise must be in some structure.
