@@ -83,7 +83,10 @@ class GlobalBatchSampler:
                 )
 
     def indices(self, step: int) -> np.ndarray:
-        """Records of the global batch of `step`, (n,) int64; none twice, unless a group has fewer than its part."""
+        """Records of the global batch of `step`, (n,) int64.
+
+        None is in it twice; with groups it can be, where an epoch begins a new pass over its group.
+        """
         epoch = self.epoch(step)
         self._load(epoch)
         position = step - self.first_step(epoch)
