@@ -125,7 +125,16 @@ def check_stated(dataset: StructureDataset, needs: Sequence[str], where: str) ->
 
 
 def collate_for(model: MatRIS, dataset: StructureDataset, partitioner: str) -> Collate:
-    """Samples to micro-batches with the model's cutoffs, divided over its graph axis."""
+    """Samples to micro-batches with the model's cutoffs, divided over its graph axis.
+
+    Raises:
+        ValueError: the data set does not count its levels of theory as the model does.
+    """
+    if model.hyper.tasks and dataset.task_names != model.hyper.tasks:
+        raise ValueError(
+            f"the data set has the tasks {', '.join(dataset.task_names)}, and the model {', '.join(model.hyper.tasks)}:"
+            " say which of them the data are, with `of_task` or `StructureDataset.joined`"
+        )
     return Collate(
         pairwise_cutoff=model.hyper.pairwise_cutoff,
         three_body_cutoff=model.hyper.three_body_cutoff,

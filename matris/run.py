@@ -30,7 +30,7 @@ from matris.metrics import metrics_line
 from matris.model import Prediction
 from matris.plots import plot_learning_curves, plot_parity
 from matris.run_table import run_table
-from matris.setup import Setup, build_setup
+from matris.setup import Setup, build_setup, reference_source
 from matris.train_config import TrainConfig, to_plain
 from matris.writable import check_writable
 
@@ -182,7 +182,7 @@ def _verify_base(config: TrainConfig, setup: Setup, mesh: Mesh) -> None:
     precision = Precision(config.training.precision)
     base = load_model(str(config.init_from), precision=precision, mesh=_with_all_experts(mesh)).to(mesh.device)
     same_references = torch.equal(base.reference_energies, setup.model.reference_energies)
-    keeps_references = config.data.reference_energies in (None, "base")
+    keeps_references = all(reference_source(config, name) == "base" for name in setup.statistics)
     if keeps_references and not same_references:
         raise ValueError(
             f"the reference energies of the model to fine-tune are not those of its base {config.init_from}"
