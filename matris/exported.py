@@ -16,6 +16,7 @@ from torch import Tensor
 
 from janus.mesh import Mesh
 from janus.sharding import part_of, split_of
+from matris.blocks.module import ExpertOptions
 from matris.config import ModelConfig, Precision
 from matris.elements import SYMBOLS, number_of
 from matris.model import MatRIS
@@ -156,13 +157,13 @@ def load_model(
     device: str = "cpu",
     precision: Precision | None = None,
     mesh: Mesh | None = None,
-    expert_placement: str = "sharded",
+    experts: ExpertOptions | None = None,
 ) -> MatRIS:
     """Read a model directory.
 
     Args:
         precision: number formats; None keeps that of the stored parameters.
-        mesh, expert_placement: ranks that share the model, and how, see `MatRIS`; each takes its parts of the weights.
+        mesh, experts: ranks that share the model, and how, see `MatRIS`; each takes its parts of the weights.
             None for this process alone.
 
     Raises:
@@ -179,9 +180,7 @@ def load_model(
     try:
         elements = _numbers(config["elements"])
         of_task = {task: _numbers(symbols) for task, symbols in config.get("task_elements", {}).items()}
-        model = MatRIS(
-            ModelConfig.from_dict(config["model"]), precision=precision, mesh=mesh, expert_placement=expert_placement
-        )
+        model = MatRIS(ModelConfig.from_dict(config["model"]), precision=precision, mesh=mesh, experts=experts)
     except ValueError as error:
         raise ValueError(f"{directory / CONFIG}: {error}") from error
     if set(of_task) != set(model.hyper.tasks):

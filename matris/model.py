@@ -18,7 +18,7 @@ from matris.blocks.edges import EdgeSet, Rows
 from matris.blocks.embedding import AngleEmbedding, AtomEmbedding, EdgeEmbedding, TaskEmbedding
 from matris.blocks.geometry import measure
 from matris.blocks.interaction import Connectivity, InteractionBlock
-from matris.blocks.module import Layers, MatRISConfig, MegatronModule
+from matris.blocks.module import ExpertOptions, Layers, MatRISConfig, MegatronModule
 from matris.blocks.moe import RoutedExperts, plan_sites
 from matris.config import ModelConfig, Precision
 from matris.elements import MAX_Z, SYMBOLS
@@ -64,7 +64,7 @@ class MatRIS(MegatronModule):
         mesh: ranks that share the model. Over its tensor axis each holds a part of the large weights; over its graph
             axis all hold the same weights and predict the same batch, each its own atoms; over its expert axis they
             share the experts, and all predict together, each its own batch.
-        expert_placement: see `MatRISConfig`.
+        experts: how the ranks of its expert axis share the experts.
 
     Raises:
         ValueError: the width does not divide by the tensor axis.
@@ -88,14 +88,14 @@ class MatRIS(MegatronModule):
         precision: Precision = Precision.fp32,
         seed: int | None = None,
         mesh: Mesh | None = None,
-        expert_placement: str = "sharded",
+        experts: ExpertOptions | None = None,
     ) -> None:
         mesh = mesh or Mesh()
         dtype = torch.float64 if precision is Precision.fp64 else torch.float32
         megatron_config = MatRISConfig(
             model=config,
             mesh=mesh,
-            expert_placement=expert_placement,
+            experts=experts or ExpertOptions(),
             tensor_model_parallel_size=mesh.tensor.size,
             context_parallel_size=mesh.graph.size,
             params_dtype=dtype,

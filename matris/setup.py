@@ -18,6 +18,7 @@ from janus.mesh import Mesh
 from janus.optim import AdamWConfig, DecayStyle, Schedule
 from janus.training.learner import Learner
 from janus.training.task import EvaluationSource, TrainingSource
+from matris.blocks.module import ExpertOptions
 from matris.config import ModelConfig, Precision
 from matris.data.dataset import MicroBatch, StructureDataset, graph_budget, label_totals, open_dataset
 from matris.data.frames import refuse_idle_keys
@@ -292,7 +293,7 @@ def _open_task(config: TrainConfig, hyper: ModelConfig, task: TaskConfig) -> Dat
     # Stress may be missing everywhere (molecules); what has a weight otherwise must be in some structure.
     names = () if data.tasks else ("energy", "forces", "magmoms")
     wanted = [name for name in names if getattr(weights, f"{name}_weight") > 0.0]
-    train = open_set("train", wanted, data.split_key)
+    train = open_set("train", wanted, None if task.valid else data.split_key)
     assert train is not None
     # What is learned is validated: a term without labels would be zero, and the untrained model the best.
     weighted = [name for name in LABEL_NAMES if getattr(weights, f"{name}_weight") > 0.0]
@@ -302,6 +303,11 @@ def _open_task(config: TrainConfig, hyper: ModelConfig, task: TaskConfig) -> Dat
         if dataset is None:
             continue
         named = {*dataset.task_names} - ({"default", task.name} if data.tasks else {*train.task_names[:1]})
+        if data.tasks and len(named) == 1 and len(dataset.task_names) == 1:
+            raise ValueError(
+                f"{where}.{name} was prepared as the level of theory {dataset.task_names[0]}, not {task.name}: give the "
+                "task that name, or prepare the files again without --task"
+            )
         if named:
             raise ValueError(
                 f"{where}.{name} brings several levels of theory together (task names "
@@ -340,7 +346,8 @@ def _sampler(data: DataConfig, train: StructureDataset, seed: int) -> GlobalBatc
     if len(set(weights.values())) > 1 or data.task_temperature != 1.0:
         present, groups, counts = np.unique(train.task_index, return_inverse=True, return_counts=True)
         factors = np.array([weights[train.task_names[number]] for number in present])
-        shares = factors * counts ** (1.0 / data.task_temperature)
+        # Of the largest, for which no power is too large a number.
+        shares = factors * (counts / counts.max()) ** (1.0 / data.task_temperature)
     return GlobalBatchSampler(
         len(train),
         sizes=train.sizes,
@@ -384,12 +391,13 @@ def _label_keys(data: DataConfig, task: TaskConfig) -> LabelKeys:
 
 def _build_model(config: TrainConfig, hyper: ModelConfig, statistics: dict[str, LabelStatistics], mesh: Mesh) -> MatRIS:
     """New, or the base model, with its elements, reference energies and energy scale, for each task."""
-    precision, placement = Precision(config.training.precision), config.parallel.expert_placement
+    precision, parallel = Precision(config.training.precision), config.parallel
+    experts = ExpertOptions(placement=parallel.expert_placement, fp16_wire=parallel.expert_fp16_wire)
     if config.init_from is None:
-        model = MatRIS(hyper, precision=precision, seed=config.training.seed, mesh=mesh, expert_placement=placement)
+        model = MatRIS(hyper, precision=precision, seed=config.training.seed, mesh=mesh, experts=experts)
         model.elements, model.elements_of_task = (), dict.fromkeys(hyper.tasks, ())
     else:
-        model = load_model(config.init_from, precision=precision, mesh=mesh, expert_placement=placement)
+        model = load_model(config.init_from, precision=precision, mesh=mesh, experts=experts)
     of_base = dict(model.elements_of_task) if hyper.tasks else {"": model.elements}
     found = frozenset().union(*(entry.elements for entry in statistics.values()))
     model.elements = tuple(sorted(found.union(model.elements)))

@@ -18,6 +18,9 @@ from matris.loss import force_matching_loss
 from matris.metrics import METRIC_NAMES, QUANTITIES, error_sums, metrics, metrics_line
 from matris.model import MatRIS, Prediction
 
+_PLAN = ("expert_load_balance", "experts_per_rank", "expert_tokens_moved")
+"""Of the plans of experts, averaged over their sites: largest load of a rank over the mean, experts that a rank has at
+hand, part of the tokens' copies that travel."""
 _TERMS = ("loss", "loss_energy", "loss_forces", "loss_stress", "loss_magmoms")
 
 
@@ -37,12 +40,20 @@ class MatRISTask:
         self.model = model
         self.loss_config = loss
         self.task_names, self.task_weights = tuple(task_names), task_weights
-        self.num_sums = len(_TERMS) + len(self.task_names) * len(QUANTITIES) * 3
+        self._plan_columns = _PLAN if model.mesh.expert.size > 1 else ()
+        # What no layout of ranks changes comes first.
+        self.num_common_sums = len(_TERMS) + len(self.task_names) * len(QUANTITIES) * 3
+        self.num_sums = self.num_common_sums + len(self._plan_columns) + bool(self._plan_columns)
 
     @property
     def columns(self) -> tuple[str, ...]:
         """Names of `report`."""
-        return (*_TERMS, *METRIC_NAMES, *(f"{task}/{name}" for task in self._told_apart for name in METRIC_NAMES))
+        return (
+            *_TERMS,
+            *METRIC_NAMES,
+            *self._plan_columns,
+            *(f"{task}/{name}" for task in self._told_apart for name in METRIC_NAMES),
+        )
 
     @property
     def _told_apart(self) -> tuple[str, ...]:
@@ -61,9 +72,21 @@ class MatRISTask:
         )
         return MicroLoss(
             total=terms.total,
-            sums=torch.cat([torch.stack(values).detach(), errors.flatten()]),
+            sums=torch.cat([torch.stack(values).detach(), errors.flatten(), self._plan_sums(errors)]),
             num_edges=batch.graph.num_edges,
         )
+
+    def _plan_sums(self, like: torch.Tensor) -> torch.Tensor:
+        """Sums of `_PLAN` over the sites of experts, and how many those are; nothing without an expert axis."""
+        if not self._plan_columns:
+            return like.new_empty(0)
+        plans = [site.plan for site in self.model.expert_sites() if site.plan is not None]
+        ranks = self.model.mesh.expert.size
+        rows = [
+            (plan.balance, plan.num_replicas.sum() / ranks, plan.tokens_moved / max(plan.tokens.sum(), 1), 1.0)
+            for plan in plans
+        ]
+        return like.new_tensor(rows).sum(dim=0)
 
     def predict(self, batch: MicroBatch, totals: LabelTotals, *, training: bool) -> Prediction:
         """What the loss needs, or all that has labels: decided by the global totals, alike on all ranks."""
@@ -86,11 +109,13 @@ class MatRISTask:
             for task, part in zip(self._told_apart, table, strict=False)
             for name, value in metrics(part).items()
         }
-        return {**terms, **metrics(table.sum(axis=0)), **of_tasks}
+        plans = sums[self.num_common_sums :]
+        of_plans = dict(zip(self._plan_columns, (plans[:-1] / max(plans[-1:], default=1.0)).tolist(), strict=True))
+        return {**terms, **metrics(table.sum(axis=0)), **of_plans, **of_tasks}
 
     def error_table(self, sums: np.ndarray) -> np.ndarray:
         """(num_tasks, 4, 3) error sums within the vector of all sums."""
-        return sums[len(_TERMS) :].reshape(len(self.task_names), len(QUANTITIES), 3)
+        return sums[len(_TERMS) : self.num_common_sums].reshape(len(self.task_names), len(QUANTITIES), 3)
 
     def summary(self, report: Mapping[str, float]) -> str:
         """Loss and errors in a few words."""

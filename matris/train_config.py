@@ -16,7 +16,7 @@ class LabelWeights:
     """Factors of a task's structures in the terms of the loss, beside the weights of the loss itself.
 
     Attributes:
-        energy, forces, stress, magmoms: at least 0.
+        energy, forces, stress, magmoms: at least 0, not all of them 0.
     """
 
     energy: float = 1.0
@@ -25,9 +25,12 @@ class LabelWeights:
     magmoms: float = 1.0
 
     def __post_init__(self) -> None:
-        for entry in fields(self):
-            if not getattr(self, entry.name) >= 0.0:
-                raise ValueError(f"label_weights.{entry.name} is {getattr(self, entry.name)}: it must be at least 0")
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        for name, value in values.items():
+            if not 0.0 <= value < float("inf"):
+                raise ValueError(f"label_weights.{name} is {value}: it must be a finite number, at least 0")
+        if not any(values.values()):
+            raise ValueError("label_weights are all 0: nothing would be learned of the task; leave it out to skip it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,10 +194,16 @@ class DataConfig:
                 "data.tasks is given beside data.train, data.valid or data.test: put the files of each level of theory "
                 "into its task, or leave data.tasks out"
             )
-        if any(task.valid for task in self.tasks) and self.valid_fraction not in (0.0, DataConfig.valid_fraction):
-            raise ValueError(
-                f"data.valid_fraction is {self.valid_fraction}, and a task names files for valid: give one of them"
-            )
+        if all(task.valid for task in self.tasks):
+            if self.valid_fraction not in (0.0, DataConfig.valid_fraction):
+                raise ValueError(
+                    f"data.valid_fraction is {self.valid_fraction}, and every task names files for valid: leave it out"
+                )
+            if self.split_key is not None:
+                raise ValueError(
+                    f"data.split_key is {self.split_key!r}, but nothing is split: every task names files for valid; "
+                    "leave it out"
+                )
         names = [task.name for task in self.tasks]
         if len(set(names)) < len(names):
             raise ValueError(f"data.tasks has names {', '.join(names)}: each task needs one of its own")
@@ -337,6 +346,9 @@ class ParallelConfig:
         expert_placement: where experts are, with `expert_model_parallel_size` above 1: `sharded` (every rank holds a
             piece of each, and gathers those that the plan of the micro-batch gives it) or `fixed` (whole experts on
             home ranks; their number must divide).
+        expert_fp16_wire: send tokens to their experts and back in fp16, with a scale for each element, and compute in
+            fp32: half the bytes, for some 1e-4 of the size of forces and weight gradients (docs/benchmarks.md); not
+            with `training.precision` fp64.
         pipeline_model_parallel_size: ranks that share the layers; only 1 is supported.
         distributed_timeout_minutes: how long a rank waits for the others before it ends the run and says which did not
             come.
@@ -349,6 +361,7 @@ class ParallelConfig:
     graph_partitioner: Literal["morton", "index", "balanced"] = "morton"
     expert_model_parallel_size: int = 1
     expert_placement: Literal["sharded", "fixed"] = "sharded"
+    expert_fp16_wire: bool = False
     pipeline_model_parallel_size: int = 1
     distributed_timeout_minutes: float = 30.0
 
@@ -375,6 +388,7 @@ class ParallelConfig:
             ("sharding_policy", "fully_sharded_size"),
             ("graph_partitioner", "context_parallel_size"),
             ("expert_placement", "expert_model_parallel_size"),
+            ("expert_fp16_wire", "expert_model_parallel_size"),
         ):
             value = getattr(self, name)
             if value != getattr(ParallelConfig, name) and getattr(self, axis) == 1:
@@ -420,6 +434,11 @@ class TrainConfig:
             raise ValueError("data.reference_energies is base, but there is no base model: give --init_from DIR")
         if self.model.tasks or self.model.charge_tasks or self.model.spin_tasks:
             raise ValueError("model.tasks follows from data.tasks: leave it out")
+        if self.parallel.expert_fp16_wire and self.training.precision == "fp64":
+            raise ValueError(
+                "parallel.expert_fp16_wire with training.precision fp64: what travels in fp16 keeps 11 bits; leave it "
+                "out, or choose fp32"
+            )
         if self.init_from and self.data.energy_scale != "rms_forces":
             raise ValueError(
                 f"data.energy_scale is {self.data.energy_scale} with init_from: fine-tuning keeps the scale of the "

@@ -138,7 +138,7 @@ def measure(config: TrainConfig, mesh: Mesh) -> Measurement:
         totals = setup.train.totals(batch.indices)
         report = train_step(setup.task, batch, totals, learner=setup.learner, mesh=mesh)
         norm[f"step {batch.step}"] = torch.tensor([report.grad_norm], dtype=torch.float64)
-        loss[f"step {batch.step}"] = torch.from_numpy(report.sums)
+        loss[f"step {batch.step}"] = torch.from_numpy(report.sums[: setup.task.num_common_sums])
     return Measurement(
         **predictions,
         **{f"{term}_gradient": gradient for term, gradient in gradients.items()},

@@ -12,6 +12,7 @@ from torch import Tensor
 from janus.comm.adjoint import all_to_all
 from janus.comm.collectives import start_all_to_all
 from janus.expert_parallel.plan import ExpertPlan
+from janus.expert_parallel.wire import compressed_all_to_all
 from janus.mesh import Axis
 
 with warnings.catch_warnings():
@@ -34,11 +35,13 @@ class PlannedTokenDispatcher(MoEAlltoAllTokenDispatcher):
         plan: of this micro-batch.
         topk: experts of a token.
         axis: the expert axis.
+        num_kinds: of tokens; at most 256.
+        fp16: send tokens rounded, see `janus.expert_parallel.wire`.
     """
 
     hidden_shape: torch.Size
 
-    def __init__(self, plan: ExpertPlan, topk: int, axis: Axis) -> None:
+    def __init__(self, plan: ExpertPlan, topk: int, axis: Axis, *, num_kinds: int = 256, fp16: bool = False) -> None:
         num_slots = plan.slots.shape[1]
         if not torch.cuda.is_available():  # Megatron makes a stream for copies to the host, of which there are none
             MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = "none"
@@ -50,7 +53,7 @@ class PlannedTokenDispatcher(MoEAlltoAllTokenDispatcher):
             _config(axis.size * num_slots, topk),
             groups,
         )
-        self.plan, self.axis = plan, axis
+        self.plan, self.axis, self.num_kinds, self.fp16 = plan, axis, num_kinds, fp16
         quota = plan.quota(axis.rank)
         filled = plan.slots >= 0
         self._slot_of = np.full(quota.shape, -1)  # (E, W): the slot, among those of all ranks
@@ -69,7 +72,7 @@ class PlannedTokenDispatcher(MoEAlltoAllTokenDispatcher):
 
         Args:
             tokens: (T, width).
-            kinds: (T,) int64 below 256, what a token's experts follow from.
+            kinds: (T,) int64 below `num_kinds`, what a token's experts follow from.
             experts: (T, topk) int64.
         Returns:
             Tokens (N, width) of this rank's slots in turn, and their kinds (N,).
@@ -112,13 +115,29 @@ class PlannedTokenDispatcher(MoEAlltoAllTokenDispatcher):
 
     def token_dispatch(self, tokens: Tensor, kinds: Tensor) -> tuple[Tensor, Tensor]:
         """Rows and their kinds, grouped by receiver, to those, grouped by sender."""
-        splits = {"send": self.input_splits, "receive": self.output_splits}
-        coming = start_all_to_all(kinds, self.axis, **splits)
-        return all_to_all(tokens, self.axis, **splits), coming.wait()
+        coming = start_all_to_all(kinds, self.axis, send=self.input_splits, receive=self.output_splits).wait()
+        self._kinds = kinds.long(), coming.long()
+        return self._exchanged(tokens, back=False), coming
 
     def token_combine(self, rows: Tensor) -> Tensor:
         """The way back."""
-        return all_to_all(rows, self.axis, send=self.output_splits, receive=self.input_splits)
+        return self._exchanged(rows, back=True)
+
+    def _exchanged(self, rows: Tensor, *, back: bool) -> Tensor:
+        turn = -1 if back else 1
+        send, receive = (self.input_splits, self.output_splits)[::turn]
+        if not self.fp16:
+            return all_to_all(rows, self.axis, send=send, receive=receive)
+        sent, received = self._kinds[::turn]
+        return compressed_all_to_all(
+            rows,
+            self.axis,
+            send=send,
+            receive=receive,
+            kind_sent=sent,
+            kind_received=received,
+            num_kinds=self.num_kinds,
+        )
 
     def _maybe_dtoh_and_synchronize(self, point: str, tokens_per_expert: Tensor | None = None) -> Tensor | None:
         """All counts are on the host."""

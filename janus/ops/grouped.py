@@ -9,13 +9,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from janus.ops.demand import wants_gradient
+from janus.ops.product import linear
 
 
 def grouped_linear(rows: Tensor, weight: Tensor, counts: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
     """rows_g weight_g^T for every group g; differentiable any number of times.
 
-    torch's grouped product where it exists (fp32, bf16), a product per group otherwise (fp64). A group without rows
-    costs nothing, and its matrix has the gradient zero.
+    torch's grouped product where it exists: in fp32 and bf16, for matrices whose rows and columns are multiples of 16
+    bytes. Otherwise a product per group. A group without rows costs nothing, and its matrix has the gradient zero.
 
     Args:
         rows: (T, in), sorted by group.
@@ -25,12 +26,14 @@ def grouped_linear(rows: Tensor, weight: Tensor, counts: Tensor, *, dtype: torch
     Returns:
         (T, out) in the format of `rows`.
     """
+    operand = rows.dtype if dtype is None else dtype
+    fits = all(width * operand.itemsize % 16 == 0 for width in weight.shape[1:])
+    if operand is torch.float64 or not fits or not len(rows):
+        parts = zip(rows.split(counts.tolist()), weight, strict=True)
+        return torch.cat([linear(part, matrix, dtype=dtype) for part, matrix in parts])
     offsets = counts.cumsum(0).to(torch.int32)
-    if dtype is not None and dtype != rows.dtype and len(rows):
-        return _ConvertedProduct.apply(rows.to(dtype), weight, offsets, False).to(rows.dtype)
-    if rows.dtype is torch.float64 or not len(rows):
-        parts = rows.split(counts.tolist())
-        return torch.cat([functional.linear(part, matrix) for part, matrix in zip(parts, weight, strict=True)])
+    if operand is not rows.dtype:
+        return _ConvertedProduct.apply(rows.to(operand), weight, offsets, False).to(rows.dtype)
     return functional.grouped_mm(rows, weight.transpose(1, 2), offs=offsets)
 
 

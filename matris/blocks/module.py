@@ -31,6 +31,20 @@ with warnings.catch_warnings():
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExpertOptions:
+    """How the ranks of an expert axis share the experts.
+
+    Attributes:
+        placement: `fixed`, whole experts on home ranks, or `sharded`, each expert in pieces on all ranks and gathered
+            where a plan wants it.
+        fp16_wire: send tokens in fp16 (`janus.expert_parallel.wire`).
+    """
+
+    placement: str = "sharded"
+    fp16_wire: bool = False
+
+
 @dataclass
 class MatRISConfig(ModelParallelConfig):
     """Megatron's configuration of a module, with MatRIS's hyper-parameters.
@@ -41,15 +55,14 @@ class MatRISConfig(ModelParallelConfig):
         model: hyper-parameters.
         mesh: the ranks that share the model; layers take the tensor and the expert axis, the model itself the graph
             axis.
-        expert_placement: over an expert axis: `fixed`, whole experts on home ranks, or `sharded`, each expert in pieces
-            on all ranks, gathered where a plan wants it.
+        experts: how an expert axis is used.
         matmul_dtype: number format of matrix products, None for that of the parameters.
         fp8, fp4: always None; `MegatronModule` reads them.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
     mesh: Mesh = field(default_factory=Mesh)
-    expert_placement: str = "sharded"
+    experts: ExpertOptions = ExpertOptions()
     matmul_dtype: torch.dtype | None = None
     fp8: None = None
     fp4: None = None

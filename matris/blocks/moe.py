@@ -71,8 +71,8 @@ class RoutedExperts(SplitModule):
         self.num_experts, self.matmul_dtype = hyper.num_moe_experts, config.matmul_dtype
         hidden, width = hyper.moe_ffn_hidden_size, hyper.hidden_size
         self.router = ElementRouter(config)
-        self.axis, self.plan = config.mesh.expert, None
-        self.has_homes = self.axis.size > 1 and config.expert_placement == "fixed"
+        self.axis, self.plan, self.fp16_wire = config.mesh.expert, None, config.experts.fp16_wire
+        self.has_homes = self.axis.size > 1 and config.experts.placement == "fixed"
         experts, home = self.num_experts, self.axis if self.has_homes else None
         self.inner = split_parameter(_uniform(in_features, experts, 2, hidden, in_features), tensor, dim=2, home=home)
         self.core = split_parameter(_uniform(hidden, experts, width, hidden), tensor, dim=2, home=home)
@@ -103,7 +103,9 @@ class RoutedExperts(SplitModule):
                 "a model with experts over several ranks computes once janus.sharding.Weights (in a Learner) shares "
                 "them; give MatRIS a mesh without an expert axis to have all experts on each rank"
             )
-        dispatcher = PlannedTokenDispatcher(self.plan, self.router.topk, self.axis)
+        dispatcher = PlannedTokenDispatcher(
+            self.plan, self.router.topk, self.axis, num_kinds=len(gates), fp16=self.fp16_wire
+        )
         rows, kind = dispatcher.dispatch(x, element, experts.index_select(0, element))
         # Slots without an expert come last, and get no tokens.
         counts = torch.from_numpy(dispatcher.counts[: len(self.inner)]).to(x.device)

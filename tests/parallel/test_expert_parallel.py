@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -28,7 +29,7 @@ from matris.model import MatRIS
 from matris.run import run_training
 from matris.setup import build_setup
 from matris.train_config import TrainConfig
-from matris.verify import Row
+from matris.verify import Row, compare, measure
 from tests.parallel.gate import gate_config, run_gate, write_gate_files
 from tests.parallel.ranks import run_ranks
 
@@ -256,6 +257,25 @@ def test_traffic_and_memory_of_a_step(folder: Path, layout: str, sizes: dict[str
             assert found["live after the step"] == found["kept"]
 
 
+def fp16_step_of(mesh: Mesh, config: TrainConfig) -> list[dict[str, Any]]:
+    halved = replace(config, parallel=replace(config.parallel, expert_fp16_wire=True))
+    found = []
+    for run in (config, halved):
+        mesh.ledger.clear()
+        measured = measure(run, mesh)
+        found.append({"measured": measured, "wire": mesh.ledger.wire_bytes["expert/all_to_all"]})
+    return found
+
+
+def test_fp16_on_the_wire_halves_the_bytes_and_changes_little(folder: Path) -> None:
+    config = experts_config(folder, "ep2-home", precision="fp32")
+    for full, halved in run_ranks(2, fp16_step_of, config, layout={"expert": 2}):
+        assert 0.5 < halved["wire"] / full["wire"] < 0.51  # a byte per token says its kind
+        errors = compare(halved["measured"], full["measured"])
+        for name in ("energy", "forces", "stress", "energy_gradient", "forces_gradient", "stress_gradient"):
+            assert 1e-8 < errors[name] < 2e-3, (name, errors)
+
+
 def run_of(mesh: Mesh, config: TrainConfig) -> int:
     return run_training(config)
 
@@ -271,6 +291,11 @@ def test_runs_resume_with_the_experts_elsewhere(folder: Path) -> None:
 
     assert run_ranks(2, run_of, part("ep2", 2), layout={"expert": 2}) == [0, 0]
     assert run_ranks(4, run_of, part("ep2-homextp2", 4), layout={"tensor": 2, "expert": 2}) == [0] * 4
+    with open(Path(output) / "log.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert all(1.0 <= float(row["expert_load_balance"]) <= 2.0 for row in rows if row["loss"])
+    assert all(0.0 < float(row["expert_tokens_moved"]) < 1.0 for row in rows if row["loss"])
+    assert all(1.0 <= float(row["experts_per_rank"]) <= 8.0 for row in rows if row["loss"])
     ours, theirs = (load_file(Path(run) / "last" / "model.safetensors") for run in (output, alone))
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():

@@ -48,7 +48,9 @@ def test_layouts_change_nothing(folder: Path, world_size: int) -> None:
 def test_experts_may_be_anywhere(folder: Path, world_size: int) -> None:
     """Most of the experts get no token of these data; their gradients are compared all the same."""
     names = EXPERT_LAYOUTS[world_size].split()
-    run = ("mixed", "fp64", "experts")
-    for rows in run_ranks(world_size, run_gate, folder, names, [run], with_mesh=False, timeout=600.0):
-        assert len(rows) == len(names)
+    runs = [("mixed", "fp64", "experts")]
+    if world_size == 2:
+        runs += [("mixed", "fp32", "experts"), ("molecules", "fp64", "experts")]
+    for rows in run_ranks(world_size, run_gate, folder, names, runs, with_mesh=False, timeout=600.0):
+        assert len(rows) == len(names) * len(runs)
         assert not [row for row in rows if not row.passed]

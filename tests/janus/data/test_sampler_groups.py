@@ -43,7 +43,7 @@ def test_each_pass_over_a_group_has_every_record_once() -> None:
     for epoch in range(12):
         seen += np.bincount(epoch_of(drawn, epoch), minlength=137)
         for group, count in enumerate((34, 34, 69)):
-            of_group = seen[GROUPS == group]
+            of_group = seen[np.equal(GROUPS, group)]
             assert of_group.sum() == (epoch + 1) * count
             assert of_group.max() - of_group.min() <= 1
     # Passes have orders of their own.

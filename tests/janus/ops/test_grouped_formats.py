@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -19,10 +20,12 @@ def by_group(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     return torch.cat([part @ matrix.t() for part, matrix in parts]).float()
 
 
-def test_second_derivative_in_bf16() -> None:
+@pytest.mark.parametrize("widths", [(8, 16), (6, 16), (8, 5)], ids=["fits", "odd outputs", "odd inputs"])
+def test_second_derivative_in_bf16(widths: tuple[int, int]) -> None:
+    """Also for matrices that torch's grouped product does not take."""
     generator = torch.Generator().manual_seed(0)
     counts = torch.tensor([3, 0, 5])
-    rows, weight = torch.randn(8, 16, generator=generator), torch.randn(3, 8, 16, generator=generator)
+    rows, weight = torch.randn(8, widths[1], generator=generator), torch.randn(3, *widths, generator=generator)
 
     def ours(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
         return grouped_linear(rows, weight, counts, dtype=torch.bfloat16)
@@ -40,3 +43,9 @@ def test_no_converted_weight_is_kept() -> None:
         grouped_linear(rows, weight, torch.tensor([4, 4]), dtype=torch.bfloat16)
     assert any(saved.data_ptr() == weight.data_ptr() for saved in kept)
     assert all(saved.dtype != torch.bfloat16 or saved.numel() != weight.numel() for saved in kept)
+
+
+def test_fp32_matrices_of_any_width() -> None:
+    rows, weight, counts = torch.randn(5, 6), torch.randn(2, 3, 6), torch.tensor([2, 3])
+    expected = torch.cat([rows[:2] @ weight[0].t(), rows[2:] @ weight[1].t()])
+    torch.testing.assert_close(grouped_linear(rows, weight, counts), expected)

@@ -92,6 +92,10 @@ def test_examples_are_valid(path: Path) -> None:
         ),
         ("--data.train a --training.train_iters 5 --parallel.pipeline_model_parallel_size 4", "supports only 1"),
         ("--data.train a --training.train_iters 5 --parallel.expert_model_parallel_size 0", "must be at least 1"),
+        (
+            "--data.train a --training.train_iters 5 --training.precision fp64 --parallel.expert_fp16_wire true",
+            "keeps 11 bits",
+        ),
         ("--data.train a --training.train_iters 5 --model.num_layers 0", "model.num_layers is 0"),
         ("--data.train a --training.train_iters 5 --data.valid b --data.valid_fraction 0.5", "give one of them"),
         (
