@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import pickle
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -71,6 +73,63 @@ def test_a_new_model_with_tasks_starts_as_one_without() -> None:
     assert (tasks.reference_energies.shape, tasks.energy_scale.shape) == ((1, 94), (1,))
 
 
+def test_each_task_of_a_new_model_starts_alike() -> None:
+    plain = MatRIS(EXPERTS, precision=Precision.fp64, seed=4)
+    several = MatRIS(replace(EXPERTS, tasks=NAMES), precision=Precision.fp64, seed=4)
+    expected = predict(plain, (molecule("CH4"), 0, math.nan, 0.0))
+    for task in range(len(NAMES)):
+        found = predict(several, (molecule("CH4"), task, -1.0, 2.0))
+        assert torch.equal(found.energy, expected.energy)
+        assert torch.equal(found.forces, expected.forces)
+
+
+def test_a_charge_that_is_not_stated_is_none(model: MatRIS) -> None:
+    states = [(molecule("CH4"), 1, charge, spin) for charge in (math.nan, 0.0) for spin in (0.0, 1.0)]
+    unstated, unstated_singlet, neutral, neutral_singlet = predict(model, *states).energy.tolist()
+    assert (unstated, unstated_singlet) == (neutral, neutral_singlet)
+    assert unstated != unstated_singlet
+
+
+def test_each_task_has_its_scale_and_references(model: MatRIS) -> None:
+    numbers = torch.tensor([6, 1, 1, 1, 1])
+    found = predict(model, *((molecule("CH4"), task, 0.0, 1.0) for task in range(3)))
+    references = model.reference_energies[:, numbers - 1].sum(dim=1)
+    assert_same(found.reference_energy, references)
+    scaled = copy.deepcopy(model)
+    with torch.no_grad():
+        scaled.energy_scale[1] *= 3.0
+    again = predict(scaled, *((molecule("CH4"), task, 0.0, 1.0) for task in range(3)))
+    assert_same(again.interaction_energy, torch.tensor([1.0, 3.0, 1.0]) * found.interaction_energy)
+    assert_same(again.forces[5:10], 3.0 * found.forces[5:10])
+
+
+def slope(model: MatRIS, displaced: Callable[[float], Atoms], step: float) -> float:
+    """dE/dx at zero, by the fourth-order central difference."""
+    energy = predict(model, *((displaced(k * step), 1, 1.0, 2.0) for k in (-2, -1, 1, 2))).energy
+    return float((energy[0] - 8 * energy[1] + 8 * energy[2] - energy[3]) / (12 * step))
+
+
+def test_forces_and_stress_are_slopes_of_the_energy(model: MatRIS) -> None:
+    atoms = rattled(bulk("NaCl", "rocksalt", a=5.2), 0.1)
+    found = predict(model, (atoms, 1, 1.0, 2.0))
+
+    def moved(x: float) -> Atoms:
+        image = atoms.copy()
+        image.positions[1, 2] += x
+        return image
+
+    def strained(x: float) -> Atoms:
+        image = atoms.copy()
+        strain = np.array([[0.0, x / 2, 0.0], [x / 2, 0.0, 0.0], [0.0, 0.0, 0.0]])
+        image.set_cell(atoms.cell.array @ (np.eye(3) + strain), scale_atoms=True)
+        return image
+
+    assert abs(slope(model, moved, 3e-4) + found.forces[1, 2].item()) <= 1e-7 * found.forces.abs().max()
+    assert found.stress is not None
+    value = slope(model, strained, 1e-4) / atoms.cell.volume
+    assert abs(value - found.stress[0, 0, 1].item()) <= 1e-7 * found.stress.abs().max()
+
+
 def test_task_charge_and_spin_all_matter(model: MatRIS) -> None:
     states = [(0, 0.0, 1.0), (1, 0.0, 1.0), (2, 0.0, 1.0), (0, 1.0, 1.0), (0, -1.0, 1.0), (0, 0.0, 2.0), (0, 0.0, 0.0)]
     found = predict(model, *((molecule("CH3CH2OH"), *state) for state in states))
@@ -97,6 +156,14 @@ def test_energy_does_not_depend_on_batch_mates(model: MatRIS) -> None:
         if state[0].cell.volume:
             assert_same(together.stress[index], alone.stress[0])
         first = last
+
+
+def test_energy_does_not_depend_on_the_order(model: MatRIS) -> None:
+    atoms = all_kinds()["left-handed cell"]
+    forward = [(atoms, 0, math.nan, 0.0), (molecule("CH4"), 1, 1.0, 2.0), (atoms, 2, 0.0, 3.0), (atoms, 1, -2.0, 1.0)]
+    assert_same(predict(model, *reversed(forward)).energy.flip(0), predict(model, *forward).energy)
+    turned = atoms[::-1]
+    assert_same(predict(model, (turned, 1, 1.0, 2.0)).energy, predict(model, (atoms, 1, 1.0, 2.0)).energy)
 
 
 @pytest.mark.parametrize("cutoff", [TINY.pairwise_cutoff, TINY.three_body_cutoff])
@@ -150,6 +217,36 @@ def test_calculator_refuses_unknown_and_missing_tasks(model: MatRIS) -> None:
         with_calculator(model, None)
     with pytest.raises(ValueError, match=r"b3lyp.*pbe, wb97m, scan"):
         with_calculator(model, "b3lyp")
+
+
+def test_calculator_of_a_directory(model: MatRIS, tmp_path: Path) -> None:
+    save_model(model, tmp_path / "model", provenance={})
+    for task, number in (("pbe", 0), ("scan", 2)):
+        atoms = molecule("CH3CH2OH")
+        atoms.calc = MatRISCalculator(tmp_path / "model", dtype="float64", task=task)
+        expected = predict(model, (atoms, number, math.nan, 0.0))
+        assert atoms.get_potential_energy() == expected.energy.item()
+        assert torch.equal(torch.from_numpy(atoms.get_forces()), expected.forces)
+
+
+def test_another_charge_is_another_evaluation(model: MatRIS, monkeypatch: pytest.MonkeyPatch) -> None:
+    atoms, runs = with_calculator(model, "pbe"), []
+    calculate = MatRISCalculator.calculate
+    monkeypatch.setattr(MatRISCalculator, "calculate", lambda *args, **kwargs: runs.append(calculate(*args, **kwargs)))
+    for info, expected in (({}, 1), ({"name": "x"}, 1), ({"total_charge": 1}, 2), ({"spin": 2}, 3), ({"spin": 2}, 3)):
+        atoms.info.update(info)
+        atoms.get_potential_energy()
+        atoms.get_forces()
+        assert len(runs) == expected
+
+
+def test_elements_belong_to_a_task(model: MatRIS, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(model.elements_of_task, "scan", (1, 8))
+    with pytest.raises(ValueError, match=r"not trained on C in task scan: it knows H, O"):
+        with_calculator(model, "scan").get_potential_energy()
+    assert math.isfinite(with_calculator(model, "pbe").get_potential_energy())
+    expected = dict(model.elements_of_task)
+    assert pickle.loads(pickle.dumps(with_calculator(model, "scan").calc)).model.elements_of_task == expected
 
 
 @pytest.mark.parametrize(("settings", "words"), [({}, "needs the charge"), ({"charge": 0}, "needs the spin")])
