@@ -260,7 +260,7 @@ def _gradient(setup: Setup, term: str) -> dict[str, Tensor]:
     weights = setup.task.loss_config
     if getattr(weights, f"{term}_weight") == 0.0:
         return {}
-    task = MatRISTask(setup.model, only(term, weights), setup.task.task_names)
+    task = MatRISTask(setup.model, only(term, weights), setup.task.task_names, setup.task.task_weights)
     batch = next(iter(setup.train.batches(0)))
     setup.learner.zero_gradients()
     accumulate_gradients(task, batch.micro_batches, setup.train.totals(batch.indices), setup.learner)

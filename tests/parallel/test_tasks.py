@@ -11,7 +11,9 @@ import pytest
 import torch
 from ase import Atoms
 
+from janus.comm.adjoint import copy, reduce
 from janus.mesh import Launch, Mesh
+from matris.blocks import embedding
 from matris.config import ModelConfig, Precision
 from matris.exported import save_model
 from matris.layouts import parse_layout
@@ -82,6 +84,42 @@ def test_layouts_change_nothing(folder: Path, kind: str) -> None:
         assert len(rows) == len(names)
         assert not [row for row in rows if not row.passed]
         assert max(error for row in rows for error in row.errors.values()) < 1e-10
+
+
+def copies_nothing(patch: pytest.MonkeyPatch) -> None:
+    """What a rank's atoms take from the composition is no gradient of other ranks' atoms."""
+    patch.setattr(embedding, "copy", lambda x, axis: x)
+
+
+def composition_of_own_atoms(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(embedding, "reduce", lambda x, axis: x)
+
+
+def sums_twice_on_the_way_back(patch: pytest.MonkeyPatch) -> None:
+    """An all-reduce that is its own adjoint, beside the `copy` that has summed already."""
+    patch.setattr(embedding, "reduce", lambda x, axis: copy(reduce(x, axis), axis))
+
+
+MISTAKES = ((copies_nothing, True), (composition_of_own_atoms, False), (sums_twice_on_the_way_back, True))
+"""Each with whether predictions stay right."""
+
+
+def make_mistakes(launch: Launch, config: TrainConfig) -> list[Row]:
+    rows = []
+    for mistake, _ in MISTAKES:
+        with pytest.MonkeyPatch.context() as patch:
+            mistake(patch)
+            rows += run_layouts(launch, config, ["gp2"])
+    return rows
+
+
+@pytest.mark.slow
+def test_mistakes_over_the_graph_axis_are_seen(folder: Path) -> None:
+    for rows in run_ranks(2, make_mistakes, config_of(folder, "dense"), with_mesh=False, timeout=300.0):
+        for row, (mistake, hidden) in zip(rows, MISTAKES, strict=True):
+            right = {name: error <= row.tolerance for name, error in row.errors.items()}
+            assert all(right[name] for name in ("energy", "forces", "stress")) == hidden, (mistake, row.errors)
+            assert not any(right[f"{term}_gradient"] for term in TERMS), (mistake, row.errors)
 
 
 def test_every_term_reaches_every_weight_of_the_embedding(folder: Path) -> None:
