@@ -144,12 +144,23 @@ def _counts(model: MatRIS, layout: Layout | None) -> dict[str, Any]:
 def _table(facts: dict[str, Any]) -> str:
     lines = []
     for name, value in facts.items():
-        if name == "reference_energies":
-            value = {symbol: energy for symbol, energy in value.items() if energy != 0.0} or "all zero"
-        if name == "elements" and tuple(value) != SYMBOLS[1 : len(value) + 1]:  # not all from hydrogen on
-            value = ",".join(value)
-        lines += _lines(name, value, indent=0)
+        show = {"reference_energies": _not_zero, "elements": _elements, "task_elements": _elements}.get(name)
+        lines += _lines(name, value if show is None else show(value), indent=0)
     return "\n".join(lines)
+
+
+def _not_zero(energies: dict[str, Any]) -> dict[str, Any] | str:
+    """Of elements, or those for each task."""
+    if any(isinstance(value, dict) for value in energies.values()):
+        return {task: _not_zero(of_task) for task, of_task in energies.items()}
+    return {symbol: energy for symbol, energy in energies.items() if energy != 0.0} or "all zero"
+
+
+def _elements(symbols: list[str] | dict[str, list[str]]) -> Any:
+    """All of them, unless they are all from hydrogen on; or so for each task."""
+    if isinstance(symbols, dict):
+        return {task: _elements(of_task) for task, of_task in symbols.items()}
+    return symbols if tuple(symbols) == SYMBOLS[1 : len(symbols) + 1] else ",".join(symbols)
 
 
 def _lines(name: str, value: Any, indent: int) -> list[str]:

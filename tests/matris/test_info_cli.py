@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 
@@ -52,6 +53,35 @@ def test_elements_are_listed(tmp_path: Path, tiny_model: MatRIS, capsys: pytest.
     save_model(model, tmp_path / "model", provenance={})
     assert main(["info", "--model", str(tmp_path / "model")]) == 0
     assert "H,C,N,O,F,Si,P,S,Cl,Br,I" in capsys.readouterr().out
+
+
+def test_each_task_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = MatRIS(dataclasses.replace(EXPERTS, tasks=("pbe", "wb97m", "scan"), charge_tasks=("wb97m",)), seed=0)
+    model.set_reference_energies({8: -432.5, 92: -1.25}, "pbe")
+    model.set_reference_energies({1: -13.5}, "wb97m")
+    model.elements_of_task |= {"pbe": (1, 6, 7, 8, 9, 14, 15, 16, 17, 35, 92), "wb97m": (1,)}
+    save_model(model, tmp_path / "model", provenance={})
+    assert main(["info", "--model", str(tmp_path / "model")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    start = lines.index("reference_energies:")
+    assert [" ".join(line.split()) for line in lines[start + 1 : start + 7]] == [
+        "pbe:",
+        "O -432.5",
+        "U -1.25",
+        "wb97m:",
+        "H -13.5",
+        "scan all zero",
+    ]
+    assert "  tasks                    pbe,wb97m,scan" in lines
+    assert "  charge_tasks             wb97m" in lines
+    start = lines.index("task_elements:")
+    assert [" ".join(line.split()) for line in lines[start + 1 : start + 4]] == [
+        "pbe H,C,N,O,F,Si,P,S,Cl,Br,U",
+        "wb97m H",
+        "scan H..Og (118)",
+    ]
+    assert main(["info", "--model", str(tmp_path / "model"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["reference_energies"]["pbe"]["U"] == -1.25
 
 
 def test_released_size(capsys: pytest.CaptureFixture[str]) -> None:
