@@ -16,7 +16,8 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from matris.blocks.embedding import check_charge_and_spin
 from matris.config import Precision
 from matris.data.labels import read_charge_and_spin
-from matris.exported import load_model
+from matris.elements import number_of
+from matris.exported import load_model, read_config
 from matris.graph.batch import collate_graphs
 from matris.graph.build import build_graph
 from matris.graph.structure import Structure
@@ -29,7 +30,8 @@ class MatRISCalculator(Calculator):
     """Energies, forces, stress and magnetic moments of an `ase.Atoms`, which is never edited.
 
     One evaluation gives every property; ASE keeps it until positions, numbers, cell or pbc change. The calculator can
-    be pickled (its model travels with it) and gives the same numbers afterwards.
+    be pickled (its model travels with it) and gives the same numbers afterwards. Of a model with experts, read from a
+    directory, only those are held that serve the elements seen so far; those of others are read when they come.
 
     Results: `energy` and `free_energy` (eV, equal: there are no electrons to smear), `energies` (N,) eV per atom,
     `forces` (N, 3) eV/A, `stress` (6,) eV/A^3 in the order xx yy zz yz xz xy, positive when tensile, and `magmoms` (N,)
@@ -67,6 +69,8 @@ class MatRISCalculator(Calculator):
         if dtype not in PRECISIONS:
             raise ValueError(f"dtype is {dtype!r}: allowed are {', '.join(PRECISIONS)}")
         self.device = _find_device(device)
+        self._source: Path | None = None  # of a model of which experts are read when they are needed
+        self._loaded: set[int] = set()  # elements whose experts are here
         precision = PRECISIONS[dtype]
         if isinstance(model, MatRIS):
             self.model = MatRIS(model.hyper, precision=precision)
@@ -74,7 +78,11 @@ class MatRISCalculator(Calculator):
             self.model.predicts_magmoms = model.predicts_magmoms
             self.model.elements, self.model.elements_of_task = model.elements, model.elements_of_task
         else:
-            self.model = load_model(Path(model), precision=precision)
+            # Of experts no more than some element needs: `_load_experts` reads the others when a structure has theirs.
+            first = number_of(read_config(Path(model))["elements"][0])
+            self.model = load_model(Path(model), precision=precision, elements=[first])
+            if self.model.hyper.num_moe_experts:
+                self._source, self._loaded = Path(model).resolve(), {first}
         self.model.to(self.device).eval()
         self.task, self.task_number = task, self.model.task_number(task)
         self.charge, self.spin = charge, spin
@@ -99,6 +107,7 @@ class MatRISCalculator(Calculator):
         super().calculate(atoms, properties, system_changes)
         structure = Structure.from_atoms(self.atoms)
         self.model.check_elements(structure.numbers, self.task)
+        self._load_experts(structure.numbers)
         charge, spin = self._charge_and_spin()
         has_stress = bool(structure.pbc.any()) and np.linalg.det(structure.cell) != 0.0
         if "stress" in properties and not has_stress:
@@ -123,6 +132,14 @@ class MatRISCalculator(Calculator):
         if has_stress:
             results["stress"] = full_3x3_to_voigt_6_stress(prediction.stress[0].cpu().numpy())
         self.results = results
+
+    def _load_experts(self, numbers: np.ndarray) -> None:
+        """Reads the model anew with the experts of these elements too, if any are missing."""
+        wanted = self._loaded.union(numbers.tolist())
+        if self._source is not None and wanted != self._loaded:
+            self.model = load_model(self._source, precision=self.model.precision, elements=sorted(wanted))
+            self.model.to(self.device).eval()
+            self._loaded = wanted
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """What has changed since the last evaluation: ASE's list, and `info` for another charge or spin."""

@@ -6,17 +6,20 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from janus.mesh import Mesh
 from janus.sharding import part_of, split_of
 from matris.blocks.module import ExpertOptions
+from matris.blocks.moe import state_of_elements
 from matris.config import ModelConfig, Precision
 from matris.elements import SYMBOLS, number_of
 from matris.model import MatRIS
@@ -158,6 +161,7 @@ def load_model(
     precision: Precision | None = None,
     mesh: Mesh | None = None,
     experts: ExpertOptions | None = None,
+    elements: Sequence[int] | None = None,
 ) -> MatRIS:
     """Read a model directory.
 
@@ -165,6 +169,8 @@ def load_model(
         precision: number formats; None keeps that of the stored parameters.
         mesh, experts: ranks that share the model, and how, see `MatRIS`; each takes its parts of the weights.
             None for this process alone.
+        elements: atomic numbers; of a model with experts, only those experts are read that serve these. The model then
+            gives numbers without meaning for others. Not with a mesh.
 
     Raises:
         ValueError: missing, corrupt (checksums) or foreign files.
@@ -174,13 +180,13 @@ def load_model(
     if precision is None:
         precision = Precision.fp64 if config["parameter_dtype"] == "float64" else Precision.fp32
     try:
-        state = load_file(weights)
+        hyper = ModelConfig.from_dict(config["model"])
+        state, hyper = _read_state(weights, hyper, elements)
+        known = _numbers(config["elements"])
+        of_task = {task: _numbers(symbols) for task, symbols in config.get("task_elements", {}).items()}
+        model = MatRIS(hyper, precision=precision, mesh=mesh, experts=experts)
     except SafetensorError as error:
         raise ValueError(f"{weights} is not a readable safetensors file: {error}") from error
-    try:
-        elements = _numbers(config["elements"])
-        of_task = {task: _numbers(symbols) for task, symbols in config.get("task_elements", {}).items()}
-        model = MatRIS(ModelConfig.from_dict(config["model"]), precision=precision, mesh=mesh, experts=experts)
     except ValueError as error:
         raise ValueError(f"{directory / CONFIG}: {error}") from error
     if set(of_task) != set(model.hyper.tasks):
@@ -199,10 +205,26 @@ def load_model(
         model.load_state_dict({n: part_of(value, splits.get(n), model.mesh) for n, value in state.items()})
     except RuntimeError as error:  # shapes
         raise ValueError(f"{weights} does not fit {CONFIG}: {error}") from error
-    model.elements = elements
+    model.elements = known
     model.elements_of_task = of_task
     model.predicts_magmoms = config["predicts_magmoms"]
     return model.to(device)
+
+
+def _read_state(
+    weights: Path, hyper: ModelConfig, elements: Sequence[int] | None
+) -> tuple[dict[str, Tensor], ModelConfig]:
+    """The weights, and the hyper-parameters of a model that has them."""
+    if elements is None or not hyper.num_moe_experts:
+        return load_file(weights), hyper
+    with safe_open(weights, framework="pt") as file:
+
+        def some(name: str, experts: Tensor) -> Tensor:
+            rows = file.get_slice(name)
+            return torch.cat([rows[expert : expert + 1] for expert in experts.tolist()])
+
+        state, num_experts = state_of_elements(file.keys(), file.get_tensor, some, hyper.moe_router_topk, elements)
+    return state, replace(hyper, num_moe_experts=num_experts)
 
 
 def num_parameters(model: MatRIS) -> int:

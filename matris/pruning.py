@@ -5,14 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-import torch
-
-from matris.blocks.moe import RoutedExperts
+from matris.blocks.moe import state_of_elements
 from matris.elements import SYMBOLS
+from matris.exported import num_parameters
 from matris.model import MatRIS
-
-_OF_EXPERTS = ("inner", "core", "gate")
-"""Parameters of `RoutedExperts` whose first dimension is the expert."""
 
 
 def keep_elements(model: MatRIS, elements: Iterable[int]) -> MatRIS:
@@ -36,18 +32,10 @@ def keep_elements(model: MatRIS, elements: Iterable[int]) -> MatRIS:
         raise ValueError(
             "the model has no experts, so there is nothing to leave out for other elements: use it as it is"
         )
-    rows = torch.tensor(wanted) - 1
-    sites = {name: module for name, module in model.named_modules() if isinstance(module, RoutedExperts)}
-    used = {name: site.router()[0][rows].unique() for name, site in sites.items()}
-    num_experts = max(map(len, used.values()))
     state = model.state_dict()
-    for name, experts in used.items():
-        idle = torch.tensor(sorted(set(range(hyper.num_moe_experts)) - set(experts.tolist())), dtype=torch.int64)
-        # In their old order, in which sums over experts are formed.
-        kept = torch.cat([experts, idle[: num_experts - len(experts)]]).sort().values
-        for part in _OF_EXPERTS:
-            state[f"{name}.{part}"] = state[f"{name}.{part}"][kept]
-        state[f"{name}.router.table"] = state[f"{name}.router.table"][:, kept]
+    state, num_experts = state_of_elements(
+        state, state.__getitem__, lambda name, experts: state[name][experts], hyper.moe_router_topk, wanted
+    )
     pruned = MatRIS(replace(hyper, num_moe_experts=num_experts), precision=model.precision)
     pruned.load_state_dict(state)
     pruned.elements, pruned.predicts_magmoms = tuple(wanted), model.predicts_magmoms
@@ -59,7 +47,7 @@ def keep_elements(model: MatRIS, elements: Iterable[int]) -> MatRIS:
 
 def pruning_line(model: MatRIS, pruned: MatRIS) -> str:
     """What was left out, for the user."""
-    sizes = [sum(value.numel() for value in each.parameters()) for each in (model, pruned)]
+    sizes = [num_parameters(each) for each in (model, pruned)]
     return (
         f"{pruned.hyper.num_moe_experts} of {model.hyper.num_moe_experts} experts at each site and {sizes[1]} of "
         f"{sizes[0]} parameters, for {', '.join(SYMBOLS[number] for number in pruned.elements)}"

@@ -6,7 +6,7 @@ trajectory and the energy stays as smooth as each expert is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -145,6 +145,57 @@ def plan_sites(sites: Sequence[RoutedExperts], tokens: Sequence[Tensor]) -> None
             if site.has_homes
             else plan_experts(load, token_bytes=site.token_bytes, expert_bytes=site.expert_bytes)
         )
+
+
+_ROUTER, _OF_EXPERTS = ".router.table", (".inner", ".core", ".gate")
+"""Ends of the names of `RoutedExperts`'s parameters; the first dimension of the latter is the expert."""
+
+
+def experts_of_elements(tables: Mapping[str, Tensor], topk: int, elements: Sequence[int]) -> dict[str, Tensor]:
+    """Which experts a model for these elements alone must have: as many at each site, in their old order.
+
+    Sites where fewer are used than at others keep some that are not.
+
+    Args:
+        tables: (num_elements, experts) of the router of each site, by the site's name.
+        elements: atomic numbers.
+    """
+    rows = torch.tensor(elements) - 1
+    used = {name: table.topk(topk, dim=1).indices[rows].unique() for name, table in tables.items()}
+    size = max(map(len, used.values()))
+    kept = {}
+    for name, experts in used.items():
+        idle = sorted(set(range(tables[name].shape[1])) - set(experts.tolist()))
+        filling = torch.tensor(idle[: size - len(experts)], dtype=torch.int64)
+        kept[name] = torch.cat([experts, filling]).sort().values
+    return kept
+
+
+def state_of_elements(
+    names: Iterable[str],
+    whole: Callable[[str], Tensor],
+    some: Callable[[str, Tensor], Tensor],
+    topk: int,
+    elements: Sequence[int],
+) -> tuple[dict[str, Tensor], int]:
+    """State dict of a model for these elements alone, and how many experts it has at each site.
+
+    Args:
+        names: of the state of the whole model.
+        whole, some: give a tensor of it, or the experts (n,) of one.
+    """
+    names = list(names)
+    tables = {name.removesuffix(_ROUTER): whole(name) for name in names if name.endswith(_ROUTER)}
+    kept = experts_of_elements(tables, topk, elements)
+
+    def part(name: str) -> Tensor:
+        site, end = name.rpartition(".")[0], f".{name.rpartition('.')[2]}"
+        if name.endswith(_ROUTER):
+            site = name.removesuffix(_ROUTER)
+            return tables[site][:, kept[site]]
+        return some(name, kept[site]) if site in kept and end in _OF_EXPERTS else whole(name)
+
+    return {name: part(name) for name in names}, len(next(iter(kept.values())))
 
 
 class ExpertAttention(MegatronModule):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from ase.build import bulk, molecule
 
 from matris.blocks.moe import RoutedExperts
+from matris.calculator import MatRISCalculator
 from matris.cli import main
 from matris.exported import load_model, save_model
 from matris.model import MatRIS
@@ -84,3 +86,22 @@ def test_wrong_options(
     assert status == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+def test_the_calculator_holds_the_experts_that_it_needs(model: MatRIS, tmp_path: Path) -> None:
+    model.elements = (1, 8, 14)
+    save_model(model, tmp_path / "whole", provenance={})
+    calculator = MatRISCalculator(tmp_path / "whole", dtype="float64")
+    assert calculator.model.hyper.num_moe_experts == model.hyper.moe_router_topk
+    sizes = []
+    for atoms in (bulk("Si"), molecule("H2O"), bulk("Si")):
+        expected = predict(model, rattled(atoms))
+        rattled_atoms = rattled(atoms)
+        rattled_atoms.calc = calculator
+        assert rattled_atoms.get_potential_energy() == pytest.approx(expected.energy.item(), abs=1e-12)
+        sizes.append(calculator.model.hyper.num_moe_experts)
+    assert sizes[0] < sizes[1] == sizes[2]  # what was read stays
+    rattled_atoms = bulk("Cu")
+    rattled_atoms.calc = pickle.loads(pickle.dumps(calculator))
+    with pytest.raises(ValueError, match=r"not trained on Cu: it knows H, O, Si"):
+        rattled_atoms.get_potential_energy()
