@@ -44,7 +44,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--layouts",
         default=DEFAULT_LAYOUTS,
         help="separated by commas; each made of dp (replicas), tp (tensor), gp (graph), fsdp (sharded parameters, "
-        "ZeRO-3; with -keep ZeRO-2) with their numbers of ranks, joined by x: tp2xgp2",
+        "ZeRO-3; with -keep ZeRO-2) and ep (how many of the dp, fsdp and gp ranks share the experts; with -home whole "
+        "ones) with their numbers of ranks, joined by x: tp2xgp2, ep4xfsdp2",
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--model", metavar="DIR", help="model directory [default: a tiny new model]")
