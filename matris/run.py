@@ -106,6 +106,7 @@ def _train(config: TrainConfig, setup: Setup, mesh: Mesh, output: Path) -> Outco
         # How a run continues is no property of the run.
         settings={
             **settings,
+            "model": hyper,  # with its tasks: rows of its tables are in their order
             "records": _records(setup),
             "training": {key: settings["training"][key] for key in settings["training"] if key != "resume"},
         },

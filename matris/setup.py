@@ -305,8 +305,8 @@ def _open_task(config: TrainConfig, hyper: ModelConfig, task: TaskConfig) -> Dat
         named = {*dataset.task_names} - ({"default", task.name} if data.tasks else {*train.task_names[:1]})
         if data.tasks and len(named) == 1 and len(dataset.task_names) == 1:
             raise ValueError(
-                f"{where}.{name} was prepared as the level of theory {dataset.task_names[0]}, not {task.name}: give the "
-                "task that name, or prepare the files again without --task"
+                f"{where}.{name} was prepared as the level of theory {dataset.task_names[0]}, not {task.name}: give "
+                "the task that name, or prepare the files again without --task"
             )
         if named:
             raise ValueError(

@@ -169,6 +169,17 @@ def test_other_proportions_are_told(folder: Path, tmp_path: Path, capsys: pytest
         assert words in capsys.readouterr().out
 
 
+def test_other_tasks_are_another_model(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = of_both(folder)
+    assert main(options(folder, tmp_path / "run", data)) == 0
+    swapped = {"tasks": data["tasks"][::-1]}
+    renamed = {"tasks": [data["tasks"][0], TaskConfig(**{**vars(data["tasks"][1]), "name": "scan"})]}
+    for change in (swapped, renamed):
+        capsys.readouterr()
+        assert main(options(folder, tmp_path / "run", data | change, train_iters=6)) == 2
+        assert "of another model: model.tasks was ['emt', 'far'], is" in capsys.readouterr().err
+
+
 def test_fine_tuning_of_one_task(folder: Path, finished: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
     base = load_model(finished[0] / "best")
     words = ["--init_from", str(finished[0] / "best")]
