@@ -161,12 +161,9 @@ class MatRISCalculator(Calculator):
         found = read_charge_and_spin(self.atoms)
         charge = found[0] if self.charge is None else float(self.charge)
         spin = found[1] if self.spin is None else float(self.spin)
-        hyper = self.model.hyper
-        for name, missing, tasks in (
-            ("charge", math.isnan(charge), hyper.charge_tasks),
-            ("spin", spin == 0, hyper.spin_tasks),
-        ):
-            if missing and self.task in tasks:
+        missing = {"charge": math.isnan(charge), "spin": spin == 0}
+        for name in self.model.hyper.needs(self.task):
+            if missing[name]:
                 raise ValueError(
                     f"task {self.task} needs the {name} of a structure: give MatRISCalculator(..., {name}=...), or set "
                     f"atoms.info[{name!r}]"

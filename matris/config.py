@@ -152,6 +152,11 @@ class ModelConfig:
                 "model.smooth_attention is false: the multi-head attention of a model with experts is smooth"
             )
 
+    def needs(self, task: str | None) -> tuple[str, ...]:
+        """What a structure must state for a task: `charge`, `spin`, both or nothing."""
+        of_states = {"charge": self.charge_tasks, "spin": self.spin_tasks}
+        return tuple(name for name, tasks in of_states.items() if task in tasks)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form, enums by their values; of tasks nothing where there are none."""
         return {

@@ -95,10 +95,8 @@ def of_task(dataset: StructureDataset, model: MatRIS, task: str) -> StructureDat
         ValueError: structures that lack a charge or a spin that the task needs, or with such that the model does not
             know.
     """
-    hyper = model.hyper
-    needs = [name for name, tasks in (("charge", hyper.charge_tasks), ("spin", hyper.spin_tasks)) if task in tasks]
-    check_stated(dataset, needs, f"the data of task {task}")
-    return StructureDataset.joined([(task, dataset)], hyper.tasks)
+    check_stated(dataset, model.hyper.needs(task), f"the data of task {task}")
+    return StructureDataset.joined([(task, dataset)], model.hyper.tasks)
 
 
 def check_stated(dataset: StructureDataset, needs: Sequence[str], where: str) -> None:

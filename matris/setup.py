@@ -208,6 +208,12 @@ def _of_base(config: TrainConfig, base_model: str) -> ModelConfig:
             f"{', '.join(base.tasks) or 'a single level of theory without a name'}: give its names to the data, or "
             "train a new model"
         )
+    for task in config.data.tasks:
+        if unknown := sorted(set(task.needs).difference(base.needs(task.name))):
+            raise ValueError(
+                f"data.tasks[{task.name}].needs has {', '.join(unknown)}, which the base model {base_model} does not "
+                "ask for, and it keeps what it asks for: leave it out, or train a new model"
+            )
     differing = []
     for entry in fields(ModelConfig):
         if entry.name.endswith("tasks"):
@@ -284,10 +290,7 @@ def _open_task(config: TrainConfig, hyper: ModelConfig, task: TaskConfig) -> Dat
                 "(--data.energy_key, --data.forces_key, ...), or other files"
             )
         if data.tasks:
-            # With a base model that is what the base needs too, whatever the settings repeat of it.
-            of_model = {"charge": hyper.charge_tasks, "spin": hyper.spin_tasks}
-            needs = [name for name, tasks in of_model.items() if name in task.needs or task.name in tasks]
-            check_stated(kept, needs, f"{where}.{split}")
+            check_stated(kept, hyper.needs(task.name), f"{where}.{split}")
         return kept
 
     # Stress may be missing everywhere (molecules); what has a weight otherwise must be in some structure.

@@ -11,7 +11,7 @@ from matris.cli.label_options import HelpFormatter
 from matris.config import LossConfig, ModelConfig
 from matris.layouts import Layout, parse_layouts
 from matris.presets import PRESETS
-from matris.train_config import DataConfig, OptimConfig, ParallelConfig, TrainConfig, TrainingConfig
+from matris.train_config import DataConfig, OptimConfig, ParallelConfig, TaskConfig, TrainConfig, TrainingConfig
 
 if TYPE_CHECKING:
     from janus.mesh import Launch
@@ -56,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="labelled structures: stores of `prepare`, or files that ASE reads [default: a built-in alloy set]",
     )
+    parser.add_argument("--task", metavar="NAME", help="level of theory of the data, for a --model that knows several")
     parser.add_argument(
         "--terms",
         nargs="+",
@@ -125,10 +126,14 @@ def _config(options: argparse.Namespace, device: Literal["auto", "cpu", "cuda"],
     """Three updates as the options say, on one rank."""
     from matris.verify import NUM_STEPS
 
+    if options.task is not None and options.model is None:
+        raise ValueError(f"--task {options.task}: a new model knows no tasks; leave it out, or give --model DIR")
     hyper = PRESETS[options.preset] if options.preset else _TINY
+    files = options.data or [str(_demo(options.cache_dir, write=write_demo))]
     return TrainConfig(
         data=DataConfig(
-            train=options.data or [str(_demo(options.cache_dir, write=write_demo))],
+            train=files if options.task is None else [],
+            tasks=[] if options.task is None else [TaskConfig(name=options.task, train=files)],
             valid_fraction=0.0,
             cache_dir=options.cache_dir,
             global_batch_size=options.batch_size,

@@ -7,6 +7,7 @@ import io
 import os
 import signal
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,18 @@ def test_under_a_launcher(tmp_path: Path) -> None:
     assert tensor.split()[:2] == ["tp2", "2"]
     assert replicas.endswith("ok")
     assert second[1] == ""
+
+
+def test_a_model_with_tasks(tmp_path: Path) -> None:
+    several = MatRIS(replace(MODEL, tasks=("pbe", "scan")), seed=1)
+    save_model(several, tmp_path / "model", provenance={})
+    arguments = ["--layouts", "dp2", *small(tmp_path), "--model", str(tmp_path / "model"), "--task"]
+    first, _ = run_ranks(2, command, [*arguments, "scan"], False, with_mesh=False)
+    assert first[0] == 0
+    assert first[1].splitlines()[-1].endswith("ok")
+    first, _ = run_ranks(2, command, [*arguments, "b3lyp"], False, with_mesh=False)
+    assert first[0] == 2
+    assert "knows pbe, scan" in first[2]
 
 
 def test_exit_status_of_a_failure_and_of_mistakes(tmp_path: Path) -> None:

@@ -220,6 +220,42 @@ def test_fine_tuning_on_other_tasks_is_refused(
         )
 
 
+def test_fine_tuning_asks_for_no_other_states(folder: Path, finished: tuple[Path, str]) -> None:
+    data = NO_FILES | {"tasks": tasks(folder, "far", needs=["spin"])}
+    with pytest.raises(ValueError, match=r"data.tasks\[far\].needs has spin, which the base model"):
+        build_setup(settings(folder, data=data, loss=LossConfig(), init_from=str(finished[0] / "best")), Mesh())
+
+
+def test_states_that_are_missing_are_refused(folder: Path) -> None:
+    data = NO_FILES | {"tasks": tasks(folder, "far", needs=["charge"])}
+    with pytest.raises(ValueError, match=r"data.tasks\[far\].train: \d+ of \d+ structures do not state their charge"):
+        build_setup(settings(folder, data=data, loss=LossConfig()), Mesh())
+
+
+@pytest.mark.parametrize(("name", "value"), [("charge", 11), ("charge", 0.5), ("spin", 21)])
+def test_states_that_no_model_knows_are_refused(folder: Path, tmp_path: Path, name: str, value: float) -> None:
+    frames = ase.io.read(folder / "train_emt.xyz", ":3")
+    frames[1].info[name] = value
+    ase.io.write(tmp_path / "odd.xyz", frames, format="extxyz")
+    data = NO_FILES | {"tasks": [TaskConfig(name="emt", train=[str(tmp_path / "odd.xyz")])]}
+    with pytest.raises(ValueError, match=r"data.tasks\[emt\].train: .*are known"):
+        build_setup(settings(folder, data=data, loss=LossConfig()), Mesh())
+
+
+def test_limits_of_a_task(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = tasks(folder, "emt", "far")
+    limited = TaskConfig(**{**vars(first), "max_force": 0.5})
+    setup = build_setup(settings(folder, data=NO_FILES | {"tasks": [limited, second]}, loss=LossConfig()), Mesh())
+    train, left_out = setup.datasets.train, setup.datasets.left_out
+    assert set(left_out) == {"emt.train", "emt.valid"}
+    kept = [train[index] for index in np.flatnonzero(train.task_index == 0)]
+    assert len(kept) + left_out["emt.train"] == len(ase.io.read(folder / "train_emt.xyz", ":"))
+    assert max(float(np.linalg.norm(sample.labels.forces, axis=1).max()) for sample in kept) <= 0.5
+    nothing = TaskConfig(**{**vars(first), "max_stress": 1e-12, "max_force": 1e-30})
+    with pytest.raises(ValueError, match=r"data.tasks\[emt\].train: none of \d+ structures is within max_force 1e-30"):
+        build_setup(settings(folder, data=NO_FILES | {"tasks": [nothing, second]}, loss=LossConfig()), Mesh())
+
+
 def test_evaluation_of_one_task(
     folder: Path, finished: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
