@@ -76,7 +76,7 @@ class MatRISCalculator(Calculator):
             self.model = MatRIS(model.hyper, precision=precision)
             self.model.load_state_dict(model.state_dict())
             self.model.predicts_magmoms = model.predicts_magmoms
-            self.model.elements, self.model.elements_of_task = model.elements, model.elements_of_task
+            self.model.elements, self.model.elements_of_task = model.elements, dict(model.elements_of_task)
         else:
             # Of experts no more than some element needs: `_load_experts` reads the others when a structure has theirs.
             first = number_of(read_config(Path(model))["elements"][0])

@@ -115,6 +115,7 @@ def check_stated(dataset: StructureDataset, needs: Sequence[str], where: str) ->
                 f"{where}: {int(lacks[name].sum())} of {len(dataset)} structures do not state their {name}, such as "
                 f"{first}, but the task needs it: add the info entry {name!r}, or leave {name} out of its needs"
             )
+    stated[lacks["charge"], 0] = 0.0  # NaNs are all different
     for charge, spin in np.unique(stated, axis=0):
         try:
             check_charge_and_spin(charge, spin)

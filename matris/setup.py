@@ -234,6 +234,8 @@ def _open_datasets(config: TrainConfig, hyper: ModelConfig) -> Datasets:
     data = config.data
     if not data.tasks:
         return _open_task(config, hyper, TaskConfig(name="default", train=data.train, valid=data.valid, test=data.test))
+    # Keys of all tasks must act on some files, those of one on its own.
+    refuse_idle_keys([path for task in data.tasks for path in _files(task)], _label_keys(data))
     found = {task.name: _open_task(config, hyper, task) for task in data.tasks}
 
     def joined(split: str) -> StructureDataset | None:
@@ -257,8 +259,8 @@ def _open_task(config: TrainConfig, hyper: ModelConfig, task: TaskConfig) -> Dat
     """The data sets of one level of theory, filtered and split."""
     data, weights = config.data, config.loss
     where = f"data.tasks[{task.name}]" if data.tasks else "data"
-    keys = _label_keys(data, task)
-    refuse_idle_keys([*task.train, *task.valid, *task.test], keys)
+    keys = _label_keys(task, data)
+    refuse_idle_keys(_files(task), _label_keys(task if data.tasks else data))
     left_out: dict[str, int] = {}
 
     def open_set(split: str, wanted: list[str], split_key: str | None = None) -> StructureDataset | None:
@@ -378,9 +380,15 @@ def _global_budget(data: DataConfig, train: StructureDataset) -> Budget | None:
     return budget
 
 
-def _label_keys(data: DataConfig, task: TaskConfig) -> LabelKeys:
+def _files(task: TaskConfig) -> list[str]:
+    return [*task.train, *task.valid, *task.test]
+
+
+def _label_keys(*sources: TaskConfig | DataConfig) -> LabelKeys:
+    """Each from the first source that gives it."""
+
     def given(name: str) -> Any:
-        return getattr(data, name) if getattr(task, name) is None else getattr(task, name)
+        return next((value for source in sources if (value := getattr(source, name)) is not None), None)
 
     return LabelKeys(
         energy=given("energy_key"),
@@ -388,7 +396,7 @@ def _label_keys(data: DataConfig, task: TaskConfig) -> LabelKeys:
         stress=given("stress_key"),
         virials=given("virials_key"),
         magmoms=given("magmoms_key"),
-        stress_unit=StressUnit(given("stress_unit")),
+        stress_unit=StressUnit(given("stress_unit") or DataConfig.stress_unit),
     )
 
 

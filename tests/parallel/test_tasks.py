@@ -65,6 +65,7 @@ def config_of(folder: Path, kind: str) -> TrainConfig:
             train=[str(folder / "ions.xyz")],
             needs=["charge", "spin"],
             label_weights=LabelWeights(energy=2.0, forces=0.5),
+            weight=2.0,
         ),
         TaskConfig(name="crystals", train=[str(folder / "crystals.xyz")]),
     ]

@@ -20,7 +20,7 @@ from janus.telemetry.csv_log import read_csv
 from matris.calculator import MatRISCalculator
 from matris.cli import main
 from matris.config import LossConfig
-from matris.data.dataset import open_dataset
+from matris.data.dataset import StructureDataset, open_dataset
 from matris.data.demo import ELEMENTS, make_demo
 from matris.evaluation import Portions, evaluate_dataset
 from matris.exported import load_model
@@ -149,7 +149,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(folder: Path) -> None:
     assert main(words[0]) == 0
     shutil.copytree(folder / "whole", folder / "stopped")
     shutil.rmtree(folder / "stopped" / "checkpoints" / "step_00000004")
-    assert main(words[1]) == 0
+    assert main([*words[1], "--data.num_workers", "1"]) == 0
     found, expected = (
         read_directory(folder / name / "checkpoints" / "step_00000004")[0] for name in ("stopped", "whole")
     )
@@ -296,6 +296,32 @@ def test_relaxation_at_one_level(folder: Path, finished: tuple[Path, str], tmp_p
         assert energies[task] == pytest.approx(atoms.get_potential_energy(), abs=1e-6)
     assert energies["far"] - UNIT * energies["emt"] == pytest.approx(shift(atoms), rel=0.02)
     assert main([*words, "--task", "scan", "--output", str(tmp_path / "scan")]) == 2
+
+
+def test_keys_act_on_the_files_of_some_task(folder: Path, tmp_path: Path) -> None:
+    store = tmp_path / "scan.h5"
+    assert main(["prepare", str(folder / "train_emt.xyz"), "--output", str(store)]) == 0
+    frames = ase.io.read(folder / "train_emt.xyz", ":")
+    for frame in frames:
+        frame.info["total"], frame.info["other"] = frame.calc.results["energy"] + 1.0, 7.0
+    ase.io.write(tmp_path / "raw.xyz", frames, format="extxyz")
+    raw = TaskConfig(name="raw", train=[str(tmp_path / "raw.xyz")])
+    stored = TaskConfig(name="stored", train=[str(store)])
+
+    def built(*entries: TaskConfig, **keys: str) -> StructureDataset:
+        data = NO_FILES | {"tasks": list(entries), "valid_fraction": 0.0, **keys}
+        return build_setup(settings(folder, data=data, loss=LossConfig()), Mesh()).datasets.train
+
+    train = built(raw, stored, energy_key="total")
+    assert train[0].labels.energy == pytest.approx(train[len(frames)].labels.energy + 1.0)
+    own = TaskConfig(**{**vars(raw), "energy_key": "other"})
+    assert built(own, stored, energy_key="total")[0].labels.energy == 7.0
+    for entries, keys in (
+        ((stored,), {"energy_key": "total"}),
+        ((raw, TaskConfig(**{**vars(stored), "stress_unit": "GPa"})), {}),
+    ):
+        with pytest.raises(ValueError, match="label keys have no effect on stores"):
+            built(*entries, **keys)
 
 
 def test_a_store_of_another_task_is_not_taken_for_this_one(folder: Path, tmp_path: Path) -> None:
