@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from typing import Any, Literal
@@ -209,13 +210,15 @@ class DataConfig:
             raise ValueError(f"data.tasks has names {', '.join(names)}: each task needs one of its own")
         seen: dict[str, str] = {}
         for task in self.tasks:
-            for path in task.train:
-                if path in seen:
-                    raise ValueError(
-                        f"{path} is in data.tasks[{seen[path]}].train and in data.tasks[{task.name}].train: a file has "
-                        "one level of theory, once"
-                    )
-                seen[path] = task.name
+            for split in ("train", "valid", "test"):
+                for path in getattr(task, split):
+                    place, real = f"data.tasks[{task.name}].{split}", os.path.realpath(path)
+                    if real in seen:
+                        raise ValueError(
+                            f"{path} is in {seen[real]} and in {place}: a file has one level of theory, once, and what "
+                            "is learned is no test of it"
+                        )
+                    seen[real] = place
 
     @property
     def has_global_budget(self) -> bool:
