@@ -98,7 +98,7 @@ SECOND = {"name": "b", "train": ["b.xyz"]}
         ([{"name": "a", "train": ["x"], "reference_energies": "mp"}], "", "data.tasks[a].reference_energies is 'mp'"),
         ([{"name": "a", "train": ["x"], "reference_energies": "base"}], "", "there is no base model"),
         ([{"name": "a", "train": ["x", "x"]}], "", "a file has one level of theory, once"),
-        ([{"name": "a", "train": ["x"], "test": ["./x"]}], "", r"a\].train and in data.tasks\[a\].test"),
+        ([{"name": "a", "train": ["x"], "test": ["./x"]}], "", "a].train and in data.tasks[a].test"),
         ([{"name": "a", "train": ["b.xyz"]}, SECOND], "", "b.xyz is in data.tasks[a].train and in data.tasks[b].train"),
         ([SECOND], "--data.train c.xyz", "data.tasks is given beside data.train"),
         ([SECOND], "--data.valid c.xyz", "data.tasks is given beside data.train"),
