@@ -89,12 +89,17 @@ def evaluation_source(dataset: StructureDataset, model: MatRIS, mesh: Mesh, port
 
 
 def of_task(dataset: StructureDataset, model: MatRIS, task: str) -> StructureDataset:
-    """The data set as one of a level of theory that the model has learned, whatever its stores say.
+    """The data set as one of a level of theory that the model has learned; stores need not name one.
 
     Raises:
-        ValueError: structures that lack a charge or a spin that the task needs, or with such that the model does not
-            know.
+        ValueError: stores that name another; structures that lack a charge or a spin that the task needs, or with such
+            that the model does not know.
     """
+    if other := sorted(set(dataset.task_names) - {"default", task}):
+        raise ValueError(
+            f"the data of task {task} were prepared as the level of theory {', '.join(other)}: choose that task, or "
+            "prepare the files again without --task"
+        )
     check_stated(dataset, model.hyper.needs(task), f"the data of task {task}")
     return StructureDataset.joined([(task, dataset)], model.hyper.tasks)
 

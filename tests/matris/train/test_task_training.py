@@ -324,11 +324,16 @@ def test_keys_act_on_the_files_of_some_task(folder: Path, tmp_path: Path) -> Non
             built(*entries, **keys)
 
 
-def test_a_store_of_another_task_is_not_taken_for_this_one(folder: Path, tmp_path: Path) -> None:
+def test_a_store_of_another_task_is_not_taken_for_this_one(
+    folder: Path, finished: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     store = tmp_path / "scan.h5"
     assert main(["prepare", str(folder / "train_emt.xyz"), "--task", "scan", "--output", str(store)]) == 0
     data = NO_FILES | {"tasks": [TaskConfig(name="pbe", train=[str(store)])]}
     with pytest.raises(ValueError, match=r"was prepared as the level of theory scan, not pbe"):
         build_setup(settings(folder, data=data), Mesh())
+    words = ["eval", "--model", str(finished[0] / "best"), "--data", str(store), "--task", "far"]
+    assert main([*words, "--output", str(tmp_path / "metrics.json")]) == 2
+    assert "were prepared as the level of theory scan" in capsys.readouterr().err
     data = NO_FILES | {"tasks": [TaskConfig(name="scan", train=[str(store)])]}
     assert build_setup(settings(folder, data=data, loss=LossConfig()), Mesh()).model.hyper.tasks == ("scan",)
