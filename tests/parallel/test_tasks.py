@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +18,9 @@ from janus.mesh import Launch, Mesh
 from matris.blocks import embedding
 from matris.config import ModelConfig, Precision
 from matris.exported import save_model
-from matris.layouts import parse_layout
+from matris.layouts import Layout, parse_layout
 from matris.model import MatRIS
+from matris.run import run_training
 from matris.train_config import LabelWeights, TaskConfig, TrainConfig
 from matris.verify import Row, measure, verify
 from tests.parallel.gate import EXPERTS, MODEL, gate_config, write_gate_files
@@ -39,6 +42,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         atoms.info.update(charge=index - 1, spin=index + 1)
     ase.io.write(path / "ions.xyz", ions, format="extxyz")
     ase.io.write(path / "crystals.xyz", [atoms for atoms in frames if atoms.pbc.all()], format="extxyz")
+    for name in ("ions", "crystals"):
+        shutil.copy(path / f"{name}.xyz", path / f"{name}_valid.xyz")
     for kind, hyper in KINDS.items():
         save_model(base_model(hyper), path / kind, provenance={})
     return path
@@ -85,6 +90,38 @@ def test_layouts_change_nothing(folder: Path, kind: str) -> None:
         assert len(rows) == len(names)
         assert not [row for row in rows if not row.passed]
         assert max(error for row in rows for error in row.errors.values()) < 1e-10
+
+
+def run_config(folder: Path, layout: Layout) -> TrainConfig:
+    """Batches of some structures, validation after each update, and errors of each task at the end."""
+    config = config_of(folder, "dense")
+    tasks = [replace(task, valid=[str(folder / f"{task.name}_valid.xyz")]) for task in config.data.tasks]
+    return replace(
+        config,
+        data=replace(config.data, tasks=tasks, global_batch_size=3, task_temperature=2.0),
+        training=replace(config.training, output=str(folder / layout.name), eval_interval=1),
+        parallel=layout.applied(config.parallel),
+    )
+
+
+def train(launch: Launch, folder: Path, names: Sequence[str]) -> list[int]:
+    return [run_training(run_config(folder, parse_layout(name))) for name in names]
+
+
+@pytest.mark.slow
+def test_errors_of_each_task_do_not_depend_on_the_layout(folder: Path) -> None:
+    names = ("dp2", "gp2", "fsdp2")
+    assert run_training(run_config(folder, Layout())) == 0
+    assert run_ranks(2, train, folder, names, with_mesh=False, timeout=300.0) == [[0] * len(names)] * 2
+    expected = json.loads((folder / "one" / "metrics.json").read_text())["valid"]["tasks"]
+    assert set(expected) == {"ions", "crystals"}
+    for name in names:
+        found = json.loads((folder / name / "metrics.json").read_text())["valid"]["tasks"]
+        assert set(found) == set(expected)
+        for task, errors in expected.items():
+            assert found[task]["num_labels"] == errors["num_labels"]
+            for key in ("energy_mae_meV_per_atom", "forces_mae_meV_per_A", "energy_rmse_meV_per_atom"):
+                assert found[task][key] == pytest.approx(errors[key], rel=1e-10), (name, task, key)
 
 
 def copies_nothing(patch: pytest.MonkeyPatch) -> None:
