@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,6 @@ from janus.data.packing import Budget
 from janus.data.sampler import SequentialSampler
 from janus.mesh import Mesh
 from janus.training.task import EvaluationSource
-from matris.blocks.embedding import check_charge_and_spin
 from matris.config import LossConfig
 from matris.data.dataset import Collate, MicroBatch, StructureDataset, label_totals
 from matris.metrics import QUANTITIES, VOIGT, error_sums, metrics_report
@@ -86,46 +85,6 @@ def evaluation_source(dataset: StructureDataset, model: MatRIS, mesh: Mesh, port
             yield from step.micro_batches
 
     return EvaluationSource(micro_batches=micro_batches, totals=label_totals(dataset, np.arange(len(dataset))))
-
-
-def of_task(dataset: StructureDataset, model: MatRIS, task: str) -> StructureDataset:
-    """The data set as one of a level of theory that the model has learned; stores need not name one.
-
-    Raises:
-        ValueError: stores that name another; structures that lack a charge or a spin that the task needs, or with such
-            that the model does not know.
-    """
-    if other := sorted(set(dataset.task_names) - {"default", task}):
-        raise ValueError(
-            f"the data of task {task} were prepared as the level of theory {', '.join(other)}: choose that task, or "
-            "prepare the files again without --task"
-        )
-    check_stated(dataset, model.hyper.needs(task), f"the data of task {task}")
-    return StructureDataset.joined([(task, dataset)], model.hyper.tasks)
-
-
-def check_stated(dataset: StructureDataset, needs: Sequence[str], where: str) -> None:
-    """Refuses structures whose charge or spin the model does not know, or that are needed and not there.
-
-    Args:
-        needs: `charge`, `spin`.
-        where: names the data in messages.
-    """
-    stated = np.stack([dataset.column("charge"), dataset.column("spin")], axis=1)
-    lacks = {"charge": np.isnan(stated[:, 0]), "spin": stated[:, 1] == 0.0}
-    for name in needs:
-        if lacks[name].any():
-            first = dataset.identifier(int(np.argmax(lacks[name])))
-            raise ValueError(
-                f"{where}: {int(lacks[name].sum())} of {len(dataset)} structures do not state their {name}, such as "
-                f"{first}, but the task needs it: add the info entry {name!r}, or leave {name} out of its needs"
-            )
-    stated[lacks["charge"], 0] = 0.0  # NaNs are all different
-    for charge, spin in np.unique(stated, axis=0):
-        try:
-            check_charge_and_spin(charge, spin)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
 
 
 def collate_for(model: MatRIS, dataset: StructureDataset, partitioner: str) -> Collate:

@@ -45,7 +45,7 @@ LEVELS = {
             "matris.plots",
         ),
         ("matris.data", "matris.blocks", "matris.layouts"),
-        ("matris.reference_fit", "matris.readout"),
+        ("matris.reference_fit", "matris.readout", "matris.run_data"),
         ("matris.model",),
         ("matris.exported", "matris.loss", "matris.metrics"),
         ("matris.reference", "matris.pruning", "matris.task", "matris.calculator", "matris.relax", "matris.md"),

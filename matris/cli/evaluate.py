@@ -74,11 +74,12 @@ def _evaluate(options: argparse.Namespace) -> int:
     from janus.mesh import open_mesh
     from matris.data.dataset import StructureDataset, graph_budget, open_dataset
     from matris.data.frames import refuse_idle_keys
-    from matris.evaluation import Portions, evaluate_dataset, of_task
+    from matris.evaluation import Portions, evaluate_dataset
     from matris.exported import load_model
     from matris.metrics import metrics_line
     from matris.plots import plot_parity
     from matris.precision import set_precision
+    from matris.run_data import of_task
     from matris.writable import check_writable
 
     plot = options.plot or options.output.with_suffix(".png")
@@ -108,7 +109,7 @@ def _evaluate(options: argparse.Namespace) -> int:
                 cache_dir=options.cache_dir,
                 num_workers=options.num_workers,
             )
-            return dataset if options.task is None else of_task(dataset, model, options.task)
+            return dataset if options.task is None else of_task(dataset, model.hyper, options.task)
 
         on_main_rank(lambda: len(open_data()), mesh)  # prepares raw files
         dataset = open_data()
