@@ -190,6 +190,11 @@ class DataConfig:
             if self.task_temperature != DataConfig.task_temperature:
                 raise ValueError(f"data.task_temperature is {self.task_temperature}, but there are no data.tasks")
             return
+        if len(self.tasks) == 1 and (self.tasks[0].weight != 1.0 or self.task_temperature != 1.0):
+            raise ValueError(
+                f"data.tasks[{self.tasks[0].name}].weight is {self.tasks[0].weight} and data.task_temperature is "
+                f"{self.task_temperature}, but there is no other task to draw less of: leave them out"
+            )
         if self.train or self.valid or self.test:
             raise ValueError(
                 "data.tasks is given beside data.train, data.valid or data.test: put the files of each level of theory "

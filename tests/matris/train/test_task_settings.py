@@ -55,8 +55,9 @@ def test_yaml_and_json_say_the_same(tmp_path: Path) -> None:
     assert parse([*with_tasks(*TASKS), "--data.task_temperature", "2"]) == of_file
     assert parse(["--data.tasks", json.dumps(TASKS), *LENGTH]).data.tasks == PARSED
     # An option after the file replaces its tasks.
-    only = parse(["--config", str(path), *with_tasks({"name": "scan", "train": ["s.xyz"]})])
-    assert [task.name for task in only.data.tasks] == ["scan"]
+    others = [{"name": name, "train": [f"{name}.xyz"]} for name in ("scan", "b3lyp")]
+    only = parse(["--config", str(path), *with_tasks(*others)])
+    assert [task.name for task in only.data.tasks] == ["scan", "b3lyp"]
 
 
 def test_what_a_run_saves_is_read_again(tmp_path: Path) -> None:
@@ -98,6 +99,7 @@ SECOND = {"name": "b", "train": ["b.xyz"]}
         ([{"name": "a", "train": ["x"], "reference_energies": "mp"}], "", "data.tasks[a].reference_energies is 'mp'"),
         ([{"name": "a", "train": ["x"], "reference_energies": "base"}], "", "there is no base model"),
         ([{"name": "a", "train": ["x", "x"]}], "", "a file has one level of theory, once"),
+        ([{"name": "a", "train": ["x"], "weight": 2.0}], "", "there is no other task"),
         ([{"name": "a", "train": ["x"], "test": ["./x"]}], "", "a].train and in data.tasks[a].test"),
         ([{"name": "a", "train": ["b.xyz"]}, SECOND], "", "b.xyz is in data.tasks[a].train and in data.tasks[b].train"),
         ([SECOND], "--data.train c.xyz", "data.tasks is given beside data.train"),
