@@ -12,7 +12,7 @@ folder `data`. Every run is a `janus-matris train`, one after the other:
 Where the whole data are too much, `--subset` and `--subset_atoms` bound what a task trains on, `--test_subset` the test
 structures of each file; structures are taken at even distances from the files, and all models get the same ones.
 The trivial floor beside them is a least-squares energy per element, fitted on the same training structures, with
-forces and stress zero. Runs that are in `--work` already are not repeated, unless `--steps` and all else differ.
+forces and stress zero. A run that is in `--work` already goes on from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -171,6 +171,9 @@ def _train(
     data = {key: value for key, value in settings["data"].items() if key not in ("tasks", "global_batch_size")}
     data |= {"tasks": [task for task in tasks if task["name"] in run.tasks], "global_batch_size": options.batch_size}
     data |= {"cache_dir": str(options.work / "cache")}
+    if len(run.tasks) == 1:
+        data.pop("task_temperature", None)
+        data["tasks"] = [{key: value for key, value in task.items() if key != "weight"} for task in data["tasks"]]
     optim = settings["optim"] | {"ema_decay": max(0.0, min(0.995, 1.0 - 10.0 / options.steps))}
     training = {"train_iters": options.steps, "eval_interval": max(1, options.steps // 2), "log_interval": 10}
     output = options.work / run.name
