@@ -39,6 +39,23 @@ from matris.train_config import (
 
 
 @dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What is learned, from what, in which order: all of a run but what updates the weights.
+
+    Attributes:
+        datasets: training, validation and test data.
+        statistics: of the training labels of each level of theory, by its name.
+        task: the model with its loss.
+        sampler: global batch of each step.
+    """
+
+    datasets: Datasets
+    statistics: dict[str, LabelStatistics]
+    task: MatRISTask
+    sampler: GlobalBatchSampler
+
+
+@dataclass(frozen=True, kw_only=True)
 class Setup:
     """The parts of a run on one rank, built in `build_setup`.
 
@@ -69,8 +86,8 @@ class Setup:
         return self.task.model
 
 
-def build_setup(config: TrainConfig, mesh: Mesh) -> Setup:
-    """Builds everything and writes nothing, except prepared data in the cache. All ranks call it.
+def build_subject(config: TrainConfig, mesh: Mesh) -> Subject:
+    """Opens the data and makes the model; writes nothing, except prepared data in the cache. All ranks call it.
 
     Raises:
         ValueError, OSError: a mistake in the settings or the data.
@@ -90,6 +107,18 @@ def build_setup(config: TrainConfig, mesh: Mesh) -> Setup:
     weights = _task_weights(data, hyper, mesh.device)
     task = MatRISTask(model, config.loss, datasets.train.task_names, weights)
     sampler = _sampler(data, datasets.train, config.training.seed)
+    return Subject(datasets=datasets, statistics=statistics, task=task, sampler=sampler)
+
+
+def build_setup(config: TrainConfig, mesh: Mesh) -> Setup:
+    """Builds everything and writes nothing, except prepared data in the cache. All ranks call it.
+
+    Raises:
+        ValueError, OSError: a mistake in the settings or the data.
+    """
+    subject = build_subject(config, mesh)
+    data, datasets, task, sampler = config.data, subject.datasets, subject.task, subject.sampler
+    model = task.model
     steps_per_epoch = sampler.first_step(1)
     num_steps = config.training.train_iters or sampler.first_step(config.training.train_epochs or 0)
     learner = Learner(
@@ -132,7 +161,7 @@ def build_setup(config: TrainConfig, mesh: Mesh) -> Setup:
     batches(0)  # likewise
     return Setup(
         datasets=datasets,
-        statistics=statistics,
+        statistics=subject.statistics,
         task=task,
         learner=learner,
         sampler=sampler,
