@@ -16,7 +16,7 @@ import yaml
 from torch import Tensor
 
 import janus
-from janus.checkpoint import CheckpointError, read_directory, verify_directory
+from janus.checkpoint import CheckpointError, verify_directory
 from janus.comm.collectives import on_main_rank, reduce_max
 from janus.mesh import Axis, Mesh, open_mesh
 from janus.ops.fused import compile_kernels
@@ -98,6 +98,8 @@ def _train(config: TrainConfig, setup: Setup, mesh: Mesh, output: Path) -> Outco
             save_interval=training.save_interval or eval_interval,
             log_interval=training.log_interval,
             keep_last=training.keep_last,
+            keep_every=training.keep_every,
+            async_save=training.async_save,
             resume=training.resume,
             wandb_project=training.wandb_project,
         ),
@@ -132,12 +134,11 @@ def _restore_best(trainer: Trainer, mesh: Mesh, directory: Path) -> None:
     source = trainer.store.path(step)
     if not on_main_rank(lambda: _lacks_best(directory, source, step), mesh):
         return
-    current = learner.step
-    learner.restore(read_directory(source)[0], step)
+    learner.restore(trainer.store.open(source))
     with learner.averaged():
         state = learner.state()  # all ranks have a part of it
         on_main_rank(lambda: trainer.task.export(directory, state, {**trainer.provenance, "step": step}), mesh)
-    learner.restore(read_directory(trainer.restored)[0], current)
+    learner.restore(trainer.restored)
 
 
 def _lacks_best(directory: Path, source: Path, step: int) -> bool:

@@ -12,6 +12,7 @@ import torch
 from janus.training.task import MicroLoss
 from matris.config import LossConfig
 from matris.data.dataset import MicroBatch
+from matris.elements import SYMBOLS
 from matris.exported import save_model
 from matris.graph.batch import LabelTotals
 from matris.loss import force_matching_loss
@@ -21,7 +22,7 @@ from matris.model import MatRIS, Prediction
 _PLAN = ("expert_load_balance", "experts_per_rank", "expert_tokens_moved")
 """Of the plans of experts, averaged over their sites: largest load of a rank over the mean, experts that a rank has at
 hand, part of the tokens' copies that travel."""
-_TERMS = ("loss", "loss_energy", "loss_forces", "loss_stress", "loss_magmoms")
+TERMS = ("loss", "loss_energy", "loss_forces", "loss_stress", "loss_magmoms")
 
 
 class MatRISTask:
@@ -42,14 +43,14 @@ class MatRISTask:
         self.task_names, self.task_weights = tuple(task_names), task_weights
         self._plan_columns = _PLAN if model.mesh.expert.size > 1 else ()
         # What no layout of ranks changes comes first.
-        self.num_common_sums = len(_TERMS) + len(self.task_names) * len(QUANTITIES) * 3
+        self.num_common_sums = len(TERMS) + len(self.task_names) * len(QUANTITIES) * 3
         self.num_sums = self.num_common_sums + len(self._plan_columns) + bool(self._plan_columns)
 
     @property
     def columns(self) -> tuple[str, ...]:
         """Names of `report`."""
         return (
-            *_TERMS,
+            *TERMS,
             *METRIC_NAMES,
             *self._plan_columns,
             *(f"{task}/{name}" for task in self._told_apart for name in METRIC_NAMES),
@@ -102,7 +103,7 @@ class MatRISTask:
     def report(self, sums: np.ndarray, num_batches: int) -> dict[str, float]:
         """Mean loss terms (unweighted, except `loss`), overall errors and those of each of several tasks; NaN where
         there are no labels."""
-        terms = dict(zip(_TERMS, (sums[: len(_TERMS)] / num_batches).tolist(), strict=True))
+        terms = dict(zip(TERMS, (sums[: len(TERMS)] / num_batches).tolist(), strict=True))
         table = self.error_table(sums)
         of_tasks = {
             f"{task}/{name}": value
@@ -115,7 +116,7 @@ class MatRISTask:
 
     def error_table(self, sums: np.ndarray) -> np.ndarray:
         """(num_tasks, 4, 3) error sums within the vector of all sums."""
-        return sums[len(_TERMS) : self.num_common_sums].reshape(len(self.task_names), len(QUANTITIES), 3)
+        return sums[len(TERMS) : self.num_common_sums].reshape(len(self.task_names), len(QUANTITIES), 3)
 
     def summary(self, report: Mapping[str, float]) -> str:
         """Loss and errors in a few words."""
@@ -124,3 +125,14 @@ class MatRISTask:
     def export(self, directory: Path, state: Mapping[str, torch.Tensor], provenance: Mapping[str, Any]) -> None:
         """Writes a model directory, replacing the one of an earlier step."""
         save_model(self.model, directory, provenance=dict(provenance), overwrite=True, state=state)
+
+    def export_facts(self) -> dict[str, Any]:
+        """Entries of `config.json` that say what the model has learned from."""
+        model = self.model
+        return {
+            "elements": [SYMBOLS[number] for number in model.elements],
+            "task_elements": {
+                task: [SYMBOLS[number] for number in numbers] for task, numbers in model.elements_of_task.items()
+            },
+            "predicts_magmoms": model.predicts_magmoms,
+        }

@@ -300,6 +300,9 @@ class TrainingConfig:
         save_interval: updates between checkpoints; by default `eval_interval`.
         log_interval: updates between records in log.csv and TensorBoard.
         keep_last: checkpoints kept, beside the one of the best evaluation.
+        keep_every: keep the checkpoints of all multiples of so many updates as well; 0 for none.
+        async_save: go on training while a checkpoint is written; costs memory of the host for a copy of what each rank
+            writes.
         precision: `fp32`; `tf32` (CUDA only) and `bf16-mixed` form matrix products in that format, geometry, reductions
             and loss stay in at least fp32; `fp64`.
         compile_kernels: compile chains of element-wise operations with torch.compile, which takes up to a minute at the
@@ -307,7 +310,7 @@ class TrainingConfig:
         seed: of the initial weights, the shuffling and the validation split.
         device: `auto` (a GPU per rank where there are GPUs), `cpu` or `cuda`.
         resume: `auto` continues from the newest valid checkpoint in `output`, `never` refuses an `output` with
-            checkpoints, else the path of a checkpoint.
+            checkpoints, else the path of a checkpoint to begin with.
         wandb_project: also log to this Weights & Biases project (extra `wandb`).
     """
 
@@ -318,6 +321,8 @@ class TrainingConfig:
     save_interval: int | None = None
     log_interval: int = 10
     keep_last: int = 2
+    keep_every: int = 0
+    async_save: bool = True
     precision: Literal["fp32", "tf32", "bf16-mixed", "fp64"] = "fp32"
     compile_kernels: bool = False
     seed: int = 0
@@ -334,7 +339,8 @@ class TrainingConfig:
         for name in ("train_iters", "train_epochs", "eval_interval", "save_interval", "log_interval", "keep_last"):
             if (value := getattr(self, name)) is not None:
                 _check_at_least(f"training.{name}", value, 1)
-        _check_at_least("training.seed", self.seed, 0)
+        for name in ("keep_every", "seed"):
+            _check_at_least(f"training.{name}", getattr(self, name), 0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,11 +26,11 @@ LEVELS = {
             "janus.comm",
             "janus.data",
             "janus.optim",
-            "janus.checkpoint",
             "janus.telemetry",
             "janus.expert_parallel.plan",
         ),
-        ("janus.tensor_parallel", "janus.graph_parallel", "janus.sharding", "janus.expert_parallel"),
+        ("janus.tensor_parallel", "janus.graph_parallel", "janus.expert_parallel", "janus.checkpoint"),
+        ("janus.sharding",),
         ("janus.training",),
     ),
     "matris": (
@@ -57,7 +57,7 @@ LEVELS = {
         ("matris.__main__",),
     ),
 }
-RAW_DISTRIBUTED = ("janus/comm/", "janus/mesh.py")
+RAW_DISTRIBUTED = ("janus/comm/", "janus/mesh.py", "janus/checkpoint/")
 ENVIRONMENT = ("janus/mesh.py", "matris/cli/__init__.py")
 LIGHT = (
     "janus",

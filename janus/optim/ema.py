@@ -32,12 +32,6 @@ class ExponentialMovingAverage:
         decay = min(self.decay, (1 + num_updates) / (10 + num_updates))
         torch._foreach_lerp_(list(self.average.values()), list(self._parameters.values()), 1.0 - decay)
 
-    @torch.no_grad()
-    def load(self, average: dict[str, Tensor]) -> None:
-        """Restores `average` of a checkpoint; names must be those of the parameters."""
-        for name, value in self.average.items():
-            value.copy_(average[name])
-
     @contextmanager
     def applied(self) -> Iterator[None]:
         """The parameters have the averaged values inside of the block, and their own again afterwards."""

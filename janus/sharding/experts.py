@@ -20,7 +20,7 @@ from janus.comm.adjoint import all_to_all
 from janus.comm.collectives import PendingTensor, start_all_gather, start_all_to_all
 from janus.expert_parallel.plan import ExpertPlan
 from janus.mesh import Axis
-from janus.sharding.unit import Member, Slot, Unit
+from janus.sharding.unit import Member, Run, Slot, Unit
 
 
 class ExpertUnit(Unit):
@@ -53,6 +53,13 @@ class ExpertUnit(Unit):
 
     def part(self, slot: Slot, value: Tensor) -> Tensor:
         return self._cut(slot, value)[self.axis.rank].reshape(-1)
+
+    def runs(self, slot: Slot, held: Tensor) -> list[Run]:
+        """One for each expert, without the padding."""
+        size, piece = slot.shape[1:].numel(), self._piece(slot)
+        first = min(self.axis.rank * piece, size)
+        count = min(piece, size - first)
+        return [(expert * size + first, row[:count]) for expert, row in enumerate(held.view(slot.shape[0], piece))]
 
     def whole(self, shard: Tensor) -> dict[str, Tensor]:
         shards = start_all_gather(shard, self.axis).wait().cpu().view(self.axis.size, -1)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from janus.checkpoint.shards import Piece, blocks
 from janus.comm.adjoint import gather
 from janus.mesh import Mesh
 
@@ -61,6 +64,32 @@ def part_of(whole: Tensor, split: Split | None, mesh: Mesh) -> Tensor:
         return whole
     runs = whole.chunk(split.stride, dim=split.dim)
     return torch.cat([run.chunk(mesh.tensor.size, dim=split.dim)[mesh.tensor.rank] for run in runs], dim=split.dim)
+
+
+def pieces_of(shape: torch.Size, first: int, values: Tensor, split: Split | None, mesh: Mesh) -> Iterator[Piece]:
+    """Consecutive elements of a rank's part of a parameter, as blocks of the logical parameter.
+
+    Args:
+        shape: of the part.
+        first: where they begin in the flattened part.
+        values: (n,) they.
+    """
+    for start, size in blocks(tuple(shape), first, first + len(values)):
+        block = values[: math.prod(size)].view(size)
+        values = values[math.prod(size) :]
+        if split is None:
+            yield Piece(start=start, values=block)
+            continue
+        offset = list(start)
+        if split.expert:
+            offset[0] += mesh.expert.rank * shape[0]
+        # The part has its rows of the first run of the logical dimension, then those of the second.
+        length = shape[split.dim] // split.stride
+        begin, end = start[split.dim], start[split.dim] + size[split.dim]
+        for run in range(begin // length, -(-end // length)):
+            lower, upper = max(begin, run * length), min(end, (run + 1) * length)
+            offset[split.dim] = lower + (run * (mesh.tensor.size - 1) + mesh.tensor.rank) * length
+            yield Piece(start=tuple(offset), values=block.narrow(split.dim, lower - begin, upper - lower))
 
 
 def whole_shape(shape: torch.Size, split: Split | None, mesh: Mesh) -> torch.Size:

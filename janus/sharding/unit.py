@@ -13,6 +13,9 @@ from janus.comm.collectives import PendingTensor, start_all_gather, start_reduce
 from janus.mesh import Axis
 from janus.sharding.logical import Split, split_of
 
+Run = tuple[int, Tensor]
+"""Consecutive elements of a flattened tensor: where they begin, and themselves."""
+
 Member = tuple[str, nn.Module, str, nn.Parameter]
 """A parameter: its name in the model, the module that reads it, under which name, and itself."""
 
@@ -101,10 +104,19 @@ class Unit:
 
     def part(self, slot: Slot, value: Tensor) -> Tensor:
         """The same elements of the parameter itself, flat."""
+        first, last = self._range(slot)
+        return value.reshape(-1)[first:last]
+
+    def runs(self, slot: Slot, held: Tensor) -> list[Run]:
+        """Where the elements of something like `slice` lie in the parameter."""
+        return [(self._range(slot)[0], held)]
+
+    def _range(self, slot: Slot) -> tuple[int, int]:
+        """First and last element of the parameter, flat, that this rank has."""
         held = self.num_held()
         start, length = self.axis.rank * held, slot.end - slot.start
         first, last = (min(max(place - slot.start, 0), length) for place in (start, start + held))
-        return value.reshape(-1)[first:last]
+        return first, last
 
     def fill(self, shard: Tensor, values: Mapping[str, Tensor]) -> None:
         """Copies this rank's piece of each parameter into `shard`."""

@@ -9,16 +9,20 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import Tensor, nn
 
+from janus.checkpoint.shards import Shards
 from janus.comm.adjoint import all_reduced
 from janus.comm.collectives import broadcast_tensors, sum_gradients
 from janus.mesh import Mesh
 from janus.optim import gradient_norm
 from janus.sharding.experts import ExpertUnit
-from janus.sharding.logical import part_of, split_of, whole_of, whole_shape
+from janus.sharding.logical import pieces_of, split_of, whole_of, whole_shape
 from janus.sharding.passes import Passes
-from janus.sharding.unit import Unit, make_units, members_of
+from janus.sharding.unit import Run, Unit, make_units, members_of
 
 Policy = Literal["regather", "keep"]
+
+_SLICE = 1 << 18
+"""Elements: a tensor that several ranks hold is saved in slices of at least so many."""
 
 
 class Weights:
@@ -81,6 +85,8 @@ class Weights:
         held = dict(model.named_parameters())
         for unit in self._units:
             held |= unit.pieces
+        self._places = {slot.name: (unit, slot) for unit in self._units for slot in unit.slots}
+        self._part_shapes = {name: value.shape for name, value in model.state_dict().items()}
         self._summed: set[Unit] = set()
         self.pieces = {name: held[name] for name in self.ndims}
         inside = {name for unit in self._units for name in unit.pieces}
@@ -102,7 +108,7 @@ class Weights:
 
     def _is_at_home(self, name: str) -> bool:
         """Whether a parameter is that of whole experts, which other ranks of the expert axis do not have."""
-        split = self._splits[name]
+        split = self._splits.get(name)
         return split is not None and split.expert
 
     def run(
@@ -210,24 +216,69 @@ class Weights:
             found |= unit.whole(unit.shard.detach())
         return {name: self._whole(name, found[name]) for name in self.shapes}
 
-    @torch.no_grad()
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Inverse of `state`."""
-        parts = {name: self._part(name, value) for name, value in state.items()}
-        for name, value in self.model.state_dict().items():
-            value.copy_(parts[name])
-        for unit in self._units:
-            unit.fill(unit.shard, parts)
-        self.changed()
+    # Logical tensors in pieces: nothing is sent ----------------------------------------------------------------------
 
-    def piece(self, name: str, value: Tensor) -> Tensor:
-        """What this rank holds of a logical tensor that belongs to the parameter `name`; a new tensor."""
-        part = self._part(name, value)
+    def held_state(self) -> dict[str, Tensor]:
+        """What this rank holds of each entry of the logical state dict; views."""
+        found: dict[str, Tensor] = {name: value.detach() for name, value in self.model.state_dict().items()}
         for unit in self._units:
-            for slot in unit.slots:
-                if slot.name == name:
-                    part = unit.part(slot, part)
-        return part.to(self.pieces[name].device, copy=True)
+            found |= {slot.name: unit.slice(slot, unit.shard.detach()) for slot in unit.slots}
+        return {name: found[name] for name in self.shapes}
+
+    def held_shards(self, held: Mapping[str, Tensor]) -> dict[str, Shards]:
+        """Where something like `held_state` or like `pieces` (averages, moments) lies in the logical tensors.
+
+        Args:
+            held: name -> tensor of this rank; the blocks are views of it.
+        """
+        return {name: self._shards(name, self._runs(name, value)) for name, value in held.items()}
+
+    def own_shards(self, held: Mapping[str, Tensor]) -> dict[str, Shards]:
+        """The same without what other ranks hold as well, shared out evenly: each element is on one rank alone.
+
+        Args:
+            held: the same names on all ranks, in the same order.
+        """
+        return {
+            name: self._shards(name, self._share(name, index, self._runs(name, value)))
+            for index, (name, value) in enumerate(held.items())
+        }
+
+    def _shards(self, name: str, runs: Sequence[Run]) -> Shards:
+        place, split = self._places.get(name), self._splits.get(name)
+        shape = self._part_shapes[name] if place is None else place[1].shape
+        pieces = [piece for first, values in runs for piece in pieces_of(shape, first, values, split, self.mesh)]
+        return Shards(shape=self.shapes[name], pieces=tuple(pieces))
+
+    def _runs(self, name: str, held: Tensor) -> list[Run]:
+        """Consecutive elements of this rank's part of a parameter."""
+        place = self._places.get(name)
+        return [(0, held.view(-1))] if place is None else place[0].runs(place[1], held)
+
+    def _share(self, name: str, index: int, runs: Sequence[Run]) -> list[Run]:
+        """What this rank stands for, of runs that several ranks hold alike: one of equal slices, none of them small."""
+        place, split = self._places.get(name), self._splits.get(name)
+        if place is not None:
+            copies = place[0].replicas
+        else:
+            copies = self.mesh.expert_replicas if self._is_at_home(name) else self.mesh.replicas
+        rank, size = copies.rank, copies.size
+        if split is None:  # all tensor ranks have it, too
+            rank, size = rank * self.mesh.tensor.size + self.mesh.tensor.rank, size * self.mesh.tensor.size
+        total = sum(len(values) for _, values in runs)
+        slices = min(size, max(1, total // _SLICE))
+        # Small tensors fall to one rank after the other.
+        number = (rank - index) % size
+        if number >= slices:
+            return []
+        lower, upper = total * number // slices, total * (number + 1) // slices
+        found, position = [], 0
+        for first, values in runs:
+            begin, end = max(lower - position, 0), min(upper - position, len(values))
+            if begin < end:
+                found.append((first + begin, values[begin:end]))
+            position += len(values)
+        return found
 
     def broadcast(self) -> None:
         """Gives all ranks that hold the same weights those of the first of them."""
@@ -247,9 +298,6 @@ class Weights:
         if split is None or (self.mesh.tensor.size == 1 and not split.expert):
             return part
         return whole_of(part.to(self.mesh.device), split, self.mesh).cpu()
-
-    def _part(self, name: str, whole: Tensor) -> Tensor:
-        return part_of(whole, self._splits.get(name), self.mesh)
 
 
 def _refuse_sharded_state_dict(*_: Any, **__: Any) -> NoReturn:

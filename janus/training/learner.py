@@ -8,7 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from janus.checkpoint import CheckpointError
+from janus.checkpoint import Checkpoint, CheckpointError
+from janus.checkpoint.shards import Shards
 from janus.mesh import Mesh
 from janus.optim import AdamWConfig, ExponentialMovingAverage, Schedule, build_adamw, clip_gradients
 from janus.sharding import Policy, Weights
@@ -136,50 +137,55 @@ class Learner:
         """Averages of the trainable parameters, whole."""
         return self.weights.gather(self.ema.average)
 
-    def capture(self) -> dict[str, Tensor]:
-        """All tensors of the state, by logical name: nothing depends on ranks or on the order of parameters."""
-        tensors = {f"model/{name}": value for name, value in self.state().items()}
-        tensors |= {f"ema/{name}": value for name, value in self.gather_average().items()}
-        if self.step == 0:
-            return tensors
-        state = self._optimizer_state()
-        for moment in _MOMENTS:
-            values = self.weights.gather({name: state[piece][moment] for name, piece in self.parameters.items()})
-            tensors |= {f"optimizer/{moment}/{name}": value for name, value in values.items()}
-        # Every update is one of every parameter.
-        return tensors | {f"optimizer/step/{name}": torch.tensor(float(self.step)) for name in self.parameters}
+    # Checkpoints: logical tensors in pieces, each rank for itself ----------------------------------------------------
 
-    def restore(self, tensors: Mapping[str, Tensor], step: int) -> None:
-        """Inverse of `capture`, for whichever layout that had. Sends nothing.
+    def held(self) -> dict[str, dict[str, Tensor]]:
+        """What this rank holds of all tensors of the state: by kind, then by name."""
+        held = {"model": self.weights.held_state(), "ema": self.ema.average}
+        if self.step > 0:
+            state = self._optimizer_state()
+            for moment in _MOMENTS:
+                held[f"optimizer/{moment}"] = {name: state[piece][moment] for name, piece in self.parameters.items()}
+        return held
+
+    def shards(self) -> dict[str, Shards]:
+        """What this rank is to save, by logical name `kind/name`: nothing depends on ranks or on the order of
+        parameters. The optimizer's step counts are not among it, for every update is one of every parameter."""
+        return {
+            f"{kind}/{name}": shards
+            for kind, held in self.held().items()
+            for name, shards in self.weights.own_shards(held).items()
+        }
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Takes the state of a checkpoint, whichever layout has written it. Sends nothing.
 
         Raises:
             CheckpointError: names or shapes are not those of this model.
         """
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
-        for full_name, value in tensors.items():
-            part, name = full_name.split("/", 1)
-            parts[part][name] = value
-        wanted = self.weights.shapes
-        found = {name: value.shape for name, value in parts["model"].items()}
-        if wanted != found or set(parts["ema"]) != set(self.parameters):
-            differing = sorted({name for name in wanted | found if wanted.get(name) != found.get(name)})
-            differing = differing or sorted(set(parts["ema"]) ^ set(self.parameters))
+        step = int(checkpoint.state["step"])
+        names = {f"model/{name}": shape for name, shape in self.weights.shapes.items()}
+        for kind in ("ema", *(f"optimizer/{moment}" for moment in _MOMENTS if step > 0)):
+            names |= {f"{kind}/{name}": self.weights.shapes[name] for name in self.parameters}
+        found = {name: stored.shape for name, stored in checkpoint.tensors.items()}
+        if names != found:
+            differing = sorted(name for name in names | found if names.get(name) != found.get(name))
             raise CheckpointError(
-                f"the checkpoint is of another model: {len(differing)} tensors differ, such as {differing[:3]}; "
-                "resume with the settings of that run, or choose another output directory"
+                f"checkpoint {checkpoint.path} is of another model: {len(differing)} tensors differ, such as "
+                f"{differing[:3]}; resume with the settings of that run, or choose another output directory"
             )
-        self.weights.load_state(parts["model"])
-        self.ema.load({name: self.weights.piece(name, value) for name, value in parts["ema"].items()})
-        moments = parts["optimizer"]
+        self.step = step
         for optimizer, group in zip(self._optimizers, self.weights.groups, strict=True):
             optimizer.state.clear()
-            for name, piece in group.items() if step > 0 else ():
+            for piece in group.values() if step > 0 else ():
                 # The fused optimizer keeps the step count beside its parameter, like the moments.
                 optimizer.state[piece] = {
-                    "step": moments[f"step/{name}"].to(piece.device, copy=True),
-                    **{moment: self.weights.piece(name, moments[f"{moment}/{name}"]) for moment in _MOMENTS},
+                    "step": torch.tensor(float(step), device=piece.device),
+                    **{moment: torch.zeros_like(piece, requires_grad=False) for moment in _MOMENTS},
                 }
-        self.step = step
+        for kind, held in self.held().items():
+            checkpoint.load({f"{kind}/{name}": shards for name, shards in self.weights.held_shards(held).items()})
+        self.weights.changed()
 
     def _optimizer_state(self) -> dict[Tensor, dict[str, Tensor]]:
         return {piece: state for optimizer in self._optimizers for piece, state in optimizer.state.items()}

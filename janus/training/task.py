@@ -59,6 +59,10 @@ class Task(Protocol):
     def export(self, directory: Path, state: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> None:
         """Writes the model for use, atomically. Called on rank 0 alone, with the whole state dict."""
 
+    def export_facts(self) -> Mapping[str, Any]:
+        """What an exported model says of itself beside weights and hyper-parameters, JSON-ready; kept in checkpoints,
+        so that models can be made of them."""
+
 
 class Batch(Protocol):
     """This rank's part of a step's global batch.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from janus.checkpoint import CheckpointError, CheckpointStore, capture_rng, read_directory, restore_rng
+from janus.checkpoint import Checkpoint, CheckpointError, CheckpointStore, capture_rng, restore_rng
 from janus.comm.collectives import gather_objects, on_main_rank
-from janus.mesh import Mesh
+from janus.comm.watch import is_of_a_collective
+from janus.mesh import ElsewhereError, Mesh
 from janus.telemetry import Progress, RunLog
 from janus.training.evaluation import evaluate
 from janus.training.learner import Learner
@@ -33,8 +34,10 @@ class TrainerConfig:
         save_interval: updates between two checkpoints.
         log_interval: updates between two records; a record covers all updates since the last one.
         keep_last: checkpoints kept, beside that of the best evaluation.
+        keep_every: updates between two checkpoints that are kept for good; 0 keeps none.
+        async_save: whether the training goes on while a checkpoint is written.
         resume: `auto` continues from the newest valid checkpoint if there is one, `never` refuses an output directory
-            that has checkpoints, anything else is the path of a checkpoint.
+            that has checkpoints, anything else is the path of a checkpoint to begin with.
         wandb_project: project for wandb, None for no wandb.
     """
 
@@ -43,6 +46,8 @@ class TrainerConfig:
     save_interval: int
     log_interval: int = 10
     keep_last: int = 2
+    keep_every: int = 0
+    async_save: bool = True
     resume: str = "auto"
     wandb_project: str | None = None
 
@@ -63,8 +68,9 @@ class Outcome:
 
 
 class Trainer:
-    """Trains a task's model in a run directory: `log.csv`, `tensorboard/`, `checkpoints/`, and exports to `best/` and
-    `last/`, always with the averaged weights, which evaluations use as well.
+    """Trains a task's model in a run directory: `log.csv`, `tensorboard/`, `checkpoints/`, and exports the best model
+    to `best/` and, at the end, the last one to `last/`, always with the averaged weights,
+    which evaluations use as well.
 
     Args:
         directory: run directory, writable on rank 0 and readable on all ranks.
@@ -90,22 +96,30 @@ class Trainer:
         self.task, self.learner, self.mesh, self.config = task, learner, mesh, config
         self.train, self.valid = train, valid
         self.directory, self.settings, self.provenance = directory, settings, provenance
-        self.store = CheckpointStore(directory=directory / "checkpoints", keep_last=config.keep_last)
+        self.store = CheckpointStore(
+            directory / "checkpoints",
+            mesh,
+            keep_last=config.keep_last,
+            keep_every=config.keep_every,
+            background=config.async_save,
+        )
         self.best_step: int | None = None
         self.best_loss = float("inf")
-        self.restored: Path | None = None
+        self.validation: dict[str, float] | None = None
+        self.restored: Checkpoint | None = None
 
     def run(self) -> Outcome:
         """Trains to the last step or to a stop signal. All ranks call it, after `resume`.
 
         Raises:
             NonFiniteError: a loss, of training or validation, is not finite; the checkpoints stay as they are.
+            CheckpointError: a checkpoint could not be written; those before it stay as they are.
         """
         on_main_rank(lambda: self.directory.mkdir(parents=True, exist_ok=True), self.mesh)
         self.learner.broadcast()
         num_steps, learner = self.config.num_steps, self.learner
         stopped = False
-        with stop_on_signals() as flag, self._logs():
+        with stop_on_signals() as flag, self._logs(), self._saves():
             lost = self._forget_lost_best()
             if learner.step == 0 or lost:
                 self._evaluate()
@@ -115,8 +129,11 @@ class Trainer:
                 self.mesh.watch.step = learner.step + 1
                 rate = learner.learning_rate
                 totals = self.train.totals(batch.indices)
-                report = train_step(self.task, batch, totals, learner=learner, mesh=self.mesh, stop=flag.is_set)
+                stop = flag.is_set or self.store.failed
+                report = train_step(self.task, batch, totals, learner=learner, mesh=self.mesh, stop=stop)
                 pending.append(report)
+                if report.stop:
+                    self.store.wait()  # if it failed, this raises on all ranks
                 stopped = report.stop and learner.step < num_steps
                 last = stopped or learner.step == num_steps
                 self._show(report, len(batch.indices), rate, pending, last)
@@ -126,14 +143,25 @@ class Trainer:
                     self._save()
                 if last:
                     break
-            if on_main_rank(lambda: learner.step == num_steps and not (self.directory / "last").exists(), self.mesh):
-                with learner.averaged():
-                    self._export("last")
+            with learner.averaged():
+                self._export("last")
             if stopped:
                 self._progress.say(f"stopped after step {learner.step} as asked; the same command continues from there")
         return Outcome(step=learner.step, stopped=stopped, best_step=self.best_step)
 
     # What is written -------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _saves(self) -> Iterator[None]:
+        """Waits at the end of the block for the save that is under way, unless ranks that must write it are lost."""
+        try:
+            yield
+        except BaseException as error:
+            if not isinstance(error, ElsewhereError) and not is_of_a_collective(error):
+                with suppress(CheckpointError):  # the first error says why the run ended
+                    self.store.wait()
+            raise
+        self.store.wait()
 
     @contextmanager
     def _logs(self) -> Iterator[None]:
@@ -156,7 +184,7 @@ class Trainer:
                 config=self.settings,
             )
         if self.restored is not None:
-            self._progress.say(f"resuming after step {self.learner.step} from {self.restored}")
+            self._progress.say(f"resuming after step {self.learner.step} from {self.restored.path}")
         try:
             yield
         finally:
@@ -183,7 +211,7 @@ class Trainer:
         with self.learner.averaged():
             around = partial(self.learner.weights.run, training=False)
             sums = evaluate(self.task, self.valid, self.mesh, step=self.learner.step, around=around)
-            report = self.task.report(sums, 1)
+            report = self.validation = self.task.report(sums, 1)
             if report["loss"] < self.best_loss:  # the same bits on all ranks
                 self.best_loss, self.best_step = report["loss"], self.learner.step
                 self._export("best")
@@ -210,72 +238,89 @@ class Trainer:
         on_main_rank(lambda: self.task.export(self.directory / name, state, provenance), self.mesh)
 
     def _save(self) -> None:
-        """A checkpoint from rank 0, with the random states of all ranks; and the averaged weights to `last/`."""
+        """Starts a checkpoint, with the random states of all ranks."""
         state = {
             "step": self.learner.step,
             "best_step": self.best_step,
             "best_loss": self.best_loss if self.best_step is not None else None,
+            "validation": self.validation,
             "settings": self.settings,
+            "provenance": self.provenance,
+            "export": self.task.export_facts(),
             "rng": gather_objects(capture_rng(), self.mesh),
         }
-        tensors = self.learner.capture()
-        on_main_rank(lambda: self.store.save(self.learner.step, tensors, state, best_step=self.best_step), self.mesh)
-        with self.learner.averaged():
-            self._export("last")
+        self.store.save(self.learner.step, self.learner.shards(), state, best_step=self.best_step)
         self._progress.pause()
 
     # Resuming --------------------------------------------------------------------------------------------------------
 
     def resume(self) -> None:
-        """Restores the state after the last update of the checkpoint that the settings mean, if there is one; writes
-        nothing. The data position is the step itself. All ranks call it.
+        """Restores the state after the last update of the checkpoint that the settings mean, if there is one. The data
+        position is the step itself. All ranks call it.
 
         Raises:
             CheckpointError: the checkpoint is damaged or of another model, or there must be none.
         """
-        path = on_main_rank(self._checkpoint, self.mesh)
-        if path is None:
+        checkpoint = self._checkpoint()
+        if checkpoint is None:
             return
-        tensors, state = read_directory(path)
+        path, state = checkpoint.path, checkpoint.state
         changed = _changes(state["settings"], self.settings)
         if of_model := [change for name, change in changed.items() if name.startswith("model.")]:
             raise CheckpointError(
                 f"checkpoint {path} is of another model: {'; '.join(of_model)}. "
                 "Use that run's model settings, or another output directory"
             )
+        if state["settings"].keys() == {"model"}:
+            changed = {}  # a converted model, which no run has made
         if "records.train" in changed:
             raise CheckpointError(
                 f"checkpoint {path} was made with other training data: {changed['records.train']}. Give the same "
                 "structures and labels in the same order (a validation split also depends on training.seed and "
                 "data.valid_fraction), or another output directory"
             )
-        if self.mesh.is_main:
-            for change in changed.values():
-                print(f"resuming with a changed setting: {change}", flush=True)
-        self.learner.restore(tensors, int(state["step"]))
+        for change in changed.values():
+            self._say(f"resuming with a changed setting: {change}")
+        self.learner.restore(checkpoint)
         # A checkpoint of another run says nothing about what lies in this directory.
         if state["best_step"] is not None and path.parent == self.store.directory:
             self.best_step, self.best_loss = int(state["best_step"]), float(state["best_loss"])
+        self.validation = state.get("validation")
         if len(state["rng"]) == self.mesh.world_size:
             restore_rng(state["rng"][self.mesh.rank])
-        elif self.mesh.is_main:
-            print(
-                f"random states are of {len(state['rng'])} ranks, not {self.mesh.world_size}: not restored", flush=True
-            )
-        self.restored = path
+        elif state["rng"]:
+            self._say(f"random states are of {len(state['rng'])} ranks, not {self.mesh.world_size}: not restored")
+        self.restored = checkpoint
 
-    def _checkpoint(self) -> Path | None:
-        """What the setting `resume` means here and now."""
-        if self.config.resume == "auto":
-            return self.store.latest(lambda line: print(line, flush=True))
-        if self.config.resume != "never":
-            return Path(self.config.resume)
-        if self.store.steps():
+    def _checkpoint(self) -> Checkpoint | None:
+        """What the setting `resume` means here and now. All ranks call it."""
+        wanted, steps = self.config.resume, on_main_rank(self.store.steps, self.mesh)
+        if wanted == "auto":
+            return self.store.latest(self._say)
+        if wanted == "never":
+            if steps:
+                raise CheckpointError(
+                    f"{self.directory} holds checkpoints of a run already, and resume is `never`: "
+                    "choose another output directory, or resume with `auto`"
+                )
+            return None
+        path = Path(wanted)
+        checkpoint = self.store.open(path)
+        if path.resolve().parent != self.store.directory.resolve():
+            if not steps:
+                return checkpoint
+            self._say(f"{self.directory} has checkpoints of its own: going on from them, and not from {path} again")
+            return self.store.latest(self._say)
+        if newer := [step for step in steps if step > int(checkpoint.state["step"])]:
             raise CheckpointError(
-                f"{self.directory} holds checkpoints of a run already, and resume is `never`: "
-                "choose another output directory, or resume with `auto`"
+                f"resume is {path}, and there are newer checkpoints of the same run, up to {self.store.path(newer[-1])}"
+                ": move those away to go back, or resume with `auto` to go on from them"
             )
-        return None
+        return checkpoint
+
+    def _say(self, line: str) -> None:
+        if self.mesh.is_main:
+            print(line, flush=True)
 
 
 def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, str]:

@@ -77,6 +77,9 @@ class ToyTask:
         directory.mkdir(exist_ok=True)
         (directory / "config.json").write_text(json.dumps(dict(provenance)))
 
+    def export_facts(self) -> Mapping[str, Any]:
+        return {"kind": "toy"}
+
 
 def toy_batch(indices: Sequence[int] | np.ndarray, bad: int = -1) -> ToyBatch:
     """Records by index; record `bad` has a force that is not a number."""

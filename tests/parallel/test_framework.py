@@ -25,6 +25,7 @@ from janus.training.evaluation import evaluate
 from janus.training.learner import Learner
 from janus.training.step import NonFiniteError, train_step
 from tests.janus.toy import ToyTask, toy_step, toy_totals, toy_validation
+from tests.parallel.logical import logical_state
 from tests.parallel.ranks import run_ranks
 
 STEPS = 3
@@ -49,7 +50,7 @@ def train(mesh: Mesh, size: int, pieces: int) -> dict[str, Any]:
     validation = evaluate(task, toy_validation(mesh.batch.rank, mesh.batch.size), mesh, step=0)
     gradients = {name: value.grad for name, value in learner.parameters.items()}
     return {
-        "tensors": {**learner.capture(), **{f"gradient/{name}": value for name, value in gradients.items()}},
+        "tensors": {**logical_state(learner), **{f"gradient/{name}": value for name, value in gradients.items()}},
         "reports": reports,
         "stop": report.stop,
         "traffic": traffic,
@@ -145,12 +146,12 @@ def test_collectives() -> None:
 def meet_bad_record(mesh: Mesh) -> tuple[str, bool]:
     task = ToyTask()
     learner = make_learner(task, mesh)
-    before = {name: value.clone() for name, value in learner.capture().items()}
+    before = logical_state(learner)
     batch = toy_step(0, mesh.batch.rank, mesh.batch.size, bad=int(toy_step(0).indices[3]))
     try:
         train_step(task, batch, toy_totals(batch.indices), learner=learner, mesh=mesh)
     except NonFiniteError as error:
-        after = learner.capture()
+        after = logical_state(learner)
         return str(error), all(torch.equal(value, after[name]) for name, value in before.items())
     raise AssertionError("a loss that is not a number went unnoticed")
 

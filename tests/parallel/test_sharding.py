@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from janus.checkpoint import CheckpointStore
 from janus.comm.adjoint import copy
+from janus.comm.collectives import gather_objects, on_main_rank
 from janus.mesh import Mesh
 from janus.optim import AdamWConfig, Schedule
 from janus.sharding import Weights, weight_memory
@@ -26,6 +30,7 @@ from janus.training.learner import Learner
 from janus.training.step import StepReport, accumulate_gradients, train_step
 from janus.training.task import MicroLoss
 from matris.blocks.module import FeedForward, MatRISConfig
+from tests.parallel.logical import logical_state
 from tests.parallel.ranks import run_ranks
 
 STEPS, RECORDS, WIDTH, BLOCKS = 3, 8, 6, 3
@@ -198,11 +203,16 @@ def measured(mesh: Mesh, case: Case) -> dict[str, Any]:
     peaks["backward"] = 0 if passes is None else passes.peak_bytes
     result["peaks"] = peaks
     result["units"] = [] if passes is None else [unit.axis.size * unit.shard.nbytes for unit in passes.units]
-    result["state"] = {key: value.clone() for key, value in learner.capture().items()}
-    # A checkpoint is restored, by any layout.
-    other = learner_of(ToyEnergy(mesh, case), mesh, case)
-    other.restore(result["state"], STEPS)
-    again = other.capture()
+    result["state"] = logical_state(learner)
+    # A checkpoint is restored.
+    with tempfile.TemporaryDirectory() if mesh.is_main else nullcontext() as folder:
+        store = CheckpointStore(Path(on_main_rank(lambda: str(folder), mesh)), mesh)
+        store.save(STEPS, learner.shards(), {"step": STEPS}, best_step=None)
+        store.wait()
+        other = learner_of(ToyEnergy(mesh, case), mesh, case)
+        other.restore(store.open(store.path(STEPS)))
+        gather_objects(None, mesh)  # all have read it
+    again = logical_state(other)
     assert again.keys() == result["state"].keys()
     assert all(torch.equal(value, again[key]) for key, value in result["state"].items())
     with other.averaged(), other.weights.run(training=False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import shutil
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from janus.checkpoint import CheckpointError, read_directory
 from janus.mesh import Mesh
@@ -64,7 +66,7 @@ def final_state(directory: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
 def assert_same_bits(first: Path, second: Path) -> None:
     one, other = final_state(first), final_state(second)
     assert one.keys() == other.keys()
-    assert len(one) == 6 + 1 + 7 + 3 * 7  # weights, the unused one, averages, moments
+    assert len(one) == 6 + 1 + 7 + 2 * 7  # weights, the unused one, averages, moments
     for name, value in one.items():
         assert torch.equal(value, other[name]), name
 
@@ -147,10 +149,48 @@ def test_signals_save_and_stop(uninterrupted: Path, tmp_path: Path, number: sign
 
 def test_damaged_checkpoint_falls_back(uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(tmp_path)
-    file = tmp_path / "checkpoints" / f"step_{STEPS:08d}" / "tensors.safetensors"
+    newest = tmp_path / "checkpoints" / f"step_{STEPS:08d}"
+    (file,) = newest.glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-8])
     run(tmp_path)
-    assert f"{file} is damaged" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{file} is damaged" in said
+    assert f"falling back to {tmp_path / 'checkpoints' / 'step_00000008'}" in said
+    assert_same_bits(tmp_path, uninterrupted)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == [f"damaged_{newest.name}", "step_00000008", "step_00000009"]
+
+
+def test_older_format_resumes(uninterrupted: Path, tmp_path: Path) -> None:
+    """A run of a version that wrote format 1, stopped after 8 updates; to rounding, for its processor was another."""
+    old = Path(__file__).parents[1] / "checkpoint" / "format_1"
+    shutil.copytree(old, tmp_path / "checkpoints")
+    (tmp_path / "best").mkdir()
+    assert run(tmp_path, seed=7).step == STEPS
+    one, other = final_state(tmp_path), final_state(uninterrupted)
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(value, other[name], rtol=1e-10, atol=1e-12)
+
+
+def test_full_disk_ends_the_run_and_loses_nothing(
+    uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
+
+    def full(*arguments: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save_file(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("janus.checkpoint.directory.save_file", full)
+        with pytest.raises(CheckpointError, match=r"step_00000006 could not be written, OSError on rank 0: .*No space"):
+            run(tmp_path)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_00000002", "step_00000004"]
+    run(tmp_path)
     assert_same_bits(tmp_path, uninterrupted)
 
 
@@ -205,6 +245,21 @@ def test_resume_never_and_from_a_path(tmp_path: Path) -> None:
     assert run(tmp_path / "other", resume=str(tmp_path / "checkpoints" / "step_00000004")).step == STEPS
     with pytest.raises(CheckpointError, match="is no directory"):
         run(tmp_path / "third", resume=str(tmp_path / "nothing"))
+
+
+def test_the_same_command_goes_on_from_its_own_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = str(tmp_path / "checkpoints" / "step_00000002")
+    run(tmp_path, steps=4)
+    run(tmp_path / "other", steps=6, resume=base)
+    assert run(tmp_path / "other", steps=8, resume=base).step == 8
+    assert "going on from them" in capsys.readouterr().out
+    assert read_csv(tmp_path / "other" / "log.csv")[-1]["step"] == 8
+
+
+def test_going_back_is_refused_while_there_is_newer(tmp_path: Path) -> None:
+    run(tmp_path, steps=4)
+    with pytest.raises(CheckpointError, match=r"newer checkpoints of the same run, up to .*step_00000004: move"):
+        run(tmp_path, resume=str(tmp_path / "checkpoints" / "step_00000002"))
 
 
 def test_changed_settings_are_told_or_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
