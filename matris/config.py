@@ -65,6 +65,8 @@ class ModelConfig:
         moe_router_topk: routed experts that serve an element.
         moe_ffn_hidden_size: hidden width of an expert.
         kv_channels: width of a head of the multi-head attention; must divide `hidden_size`.
+        separable_attention: with experts: whether they sit around the separable attention, as in a model that was
+            made of one without experts, and not around the multi-head attention.
         tasks: names of the levels of theory that one model learns together, in the order of its tables; set from
             `data.tasks`. Empty: a single one without a name, and no embedding of it.
         charge_tasks, spin_tasks: those of them whose structures must state their total charge, their spin multiplicity.
@@ -91,6 +93,7 @@ class ModelConfig:
     moe_router_topk: int = 0
     moe_ffn_hidden_size: int = 0
     kv_channels: int = 64
+    separable_attention: bool = False
     tasks: tuple[str, ...] = ()
     charge_tasks: tuple[str, ...] = ()
     spin_tasks: tuple[str, ...] = ()
@@ -131,6 +134,11 @@ class ModelConfig:
         names = ("num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size")
         experts, topk, hidden = (getattr(self, name) for name in names)
         if (experts, topk, hidden) == (0, 0, 0):
+            if self.separable_attention:
+                raise ValueError(
+                    "model.separable_attention is true without experts: a model without experts always has that "
+                    "attention; leave it out"
+                )
             return
         if min(experts, topk, hidden) < 1:
             raise ValueError(
@@ -142,6 +150,8 @@ class ModelConfig:
                 f"model.moe_router_topk is {topk}, but there are {experts} experts (model.num_moe_experts): choose at "
                 "most that many"
             )
+        if self.separable_attention:
+            return
         if self.kv_channels < 1 or self.hidden_size % self.kv_channels:
             raise ValueError(
                 f"model.kv_channels is {self.kv_channels}: the width of a head must divide model.hidden_size "
@@ -158,11 +168,11 @@ class ModelConfig:
         return tuple(name for name, tasks in of_states.items() if task in tasks)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form, enums by their values; of tasks nothing where there are none."""
+        """JSON-ready form, enums by their values; without what only some models have, where this one has not."""
         return {
             name: value.value if isinstance(value, Enum) else list(value) if isinstance(value, tuple) else value
             for name, value in asdict(self).items()
-            if self.tasks or name not in TASK_FIELDS
+            if (self.tasks or name not in TASK_FIELDS) and (self.separable_attention or name != "separable_attention")
         }
 
     @staticmethod
@@ -195,7 +205,14 @@ class ModelConfig:
         )
 
 
-_SINCE_EXPERTS = ("num_elements", "num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size", "kv_channels")
+_SINCE_EXPERTS = (
+    "num_elements",
+    "num_moe_experts",
+    "moe_router_topk",
+    "moe_ffn_hidden_size",
+    "kv_channels",
+    "separable_attention",
+)
 TASK_FIELDS = ("tasks", "charge_tasks", "spin_tasks")
 """Hyper-parameters that follow from `data.tasks`: no options, and no settings of a run."""
 

@@ -1,4 +1,5 @@
-"""Model directories: `model.safetensors` with the weights and `config.json` with everything needed to use them."""
+"""Model directories: safetensors files with the weights, `config.json` with everything needed to use them, and a model
+card."""
 
 from __future__ import annotations
 
@@ -6,27 +7,34 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from janus.mesh import Mesh
 from janus.sharding import part_of, split_of
 from matris.blocks.module import ExpertOptions
-from matris.blocks.moe import state_of_elements
+from matris.blocks.moe import reader_of_elements
 from matris.config import ModelConfig, Precision
 from matris.elements import SYMBOLS, number_of
 from matris.model import MatRIS
+from matris.model_card import model_card
+from matris.tensor_files import (
+    INDEX,
+    MAX_FILE_BYTES,
+    WEIGHTS,
+    TensorFiles,
+    read_index,
+    sha256_of,
+    write_weights,
+)
 
-FORMAT_VERSION = 1
-WEIGHTS = "model.safetensors"
-CONFIG = "config.json"
+FORMAT_VERSION = 2
+CONFIG, CARD = "config.json", "README.md"
 _UNITS = {"energy": "eV", "length": "Angstrom", "forces": "eV/Angstrom", "stress": "eV/Angstrom^3", "magmoms": "muB"}
 _CONFIG_SHA256 = "config_sha256"
 _REQUIRED: dict[str, type | tuple[type, ...]] = {
@@ -36,20 +44,68 @@ _REQUIRED: dict[str, type | tuple[type, ...]] = {
     "reference_energies": dict,
     "energy_scale": (float, dict),
     "predicts_magmoms": bool,
-    "sha256": str,
+    "files": dict,
     "provenance": dict,
 }
 """Entries of `config.json` that are relied upon. With tasks `reference_energies` and `energy_scale` hold what they do
-without, for each task by name, and `task_elements` the elements."""
+without, for each task by name, and `task_elements` the elements. `files` are those with weights, with their SHA-256."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredModel:
+    """A model whose weights lie elsewhere, to be read one by one.
+
+    Attributes:
+        model: hyper-parameters, elements and the like; its weights are not used and may be on the meta device.
+        like: names, shapes and formats of the weights.
+        read: gives a weight by name.
+        provenance: JSON-ready facts of where the weights come from.
+    """
+
+    model: MatRIS
+    like: Mapping[str, Tensor] = field(repr=False)
+    read: Callable[[str], Tensor] = field(repr=False)
+    provenance: Mapping[str, Any]
+
+    def build(self) -> MatRIS:
+        """The model with its weights, all in memory."""
+        shell = self.model
+        model = MatRIS(shell.hyper, precision=precision_of(shell.config.params_dtype))
+        model.load_state_dict({name: self.read(name) for name in self.like})
+        model.elements, model.elements_of_task = shell.elements, dict(shell.elements_of_task)
+        model.predicts_magmoms = shell.predicts_magmoms
+        return model
+
+
+def without_weights(
+    hyper: ModelConfig,
+    precision: Precision,
+    *,
+    elements: Iterable[int],
+    elements_of_task: Mapping[str, Iterable[int]] | None = None,
+    predicts_magmoms: bool,
+) -> MatRIS:
+    """A model on the meta device: what it is, at no cost in memory."""
+    with torch.device("meta"):
+        model = MatRIS(hyper, precision=precision)
+    model.elements, model.predicts_magmoms = tuple(elements), predicts_magmoms
+    model.elements_of_task = {task: tuple(numbers) for task, numbers in (elements_of_task or {}).items()}
+    return model
+
+
+def precision_of(dtype: torch.dtype) -> Precision:
+    """Of a model whose parameters have this format."""
+    return Precision.fp64 if dtype == torch.float64 else Precision.fp32
 
 
 def save_model(
     model: MatRIS,
     directory: Path,
     *,
-    provenance: dict[str, Any],
+    provenance: Mapping[str, Any],
     overwrite: bool = False,
     state: Mapping[str, Tensor] | None = None,
+    max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
     """Write a model directory; it appears whole or not at all.
 
@@ -58,35 +114,30 @@ def save_model(
         provenance: JSON-ready facts of where the weights come from.
         overwrite: replace an existing model directory.
         state: the whole state dict, of a model that several ranks share; None for that of `model`.
+        max_file_bytes: larger weights are cut into several files.
 
     Raises:
         FileExistsError: `directory` exists and `overwrite` is False.
         OSError: not writable.
     """
+    state = model.state_dict() if state is None else state
+    stored = StoredModel(model=model, like=state, read=state.__getitem__, provenance=provenance)
+    write_model(stored, directory, overwrite=overwrite, max_file_bytes=max_file_bytes)
+
+
+def write_model(
+    stored: StoredModel, directory: Path, *, overwrite: bool = False, max_file_bytes: int = MAX_FILE_BYTES
+) -> None:
+    """As `save_model`, of weights that are read one by one."""
     directory = Path(directory)
     if directory.exists() and not overwrite:
         raise FileExistsError(f"{directory} exists: choose another output, or remove it first")
     directory.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
-        state = model.state_dict() if state is None else state
-        save_file({name: value.contiguous() for name, value in state.items()}, staging / WEIGHTS)
-        buffers = {name for name, _ in model.named_buffers()}
-        config = {
-            "format": "janus-matris model",
-            "format_version": FORMAT_VERSION,
-            "model": model.hyper.to_dict(),
-            "parameters": sum(value.numel() for name, value in state.items() if name not in buffers),
-            "parameter_dtype": str(model.config.params_dtype).removeprefix("torch."),
-            "units": _UNITS,
-            "elements": _symbols(model.elements),
-            **_energies(model),
-            "predicts_magmoms": model.predicts_magmoms,
-            "sha256": sha256_of(staging / WEIGHTS),
-            "provenance": provenance,
-        }
-        config[_CONFIG_SHA256] = config_sha256(config)
+        config = _config_of(stored, write_weights(staging, stored.like, stored.read, max_file_bytes=max_file_bytes))
         (staging / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+        (staging / CARD).write_text(model_card(config))
         staging.chmod(0o755)
         if directory.exists():
             retired = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old.", dir=directory.parent))
@@ -99,8 +150,27 @@ def save_model(
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def _config_of(stored: StoredModel, files: Mapping[str, str]) -> dict[str, Any]:
+    model = stored.model
+    buffers = {name for name, _ in model.named_buffers()}
+    config = {
+        "format": "janus-matris model",
+        "format_version": FORMAT_VERSION,
+        "model": model.hyper.to_dict(),
+        "parameters": sum(value.numel() for name, value in stored.like.items() if name not in buffers),
+        "parameter_dtype": str(model.config.params_dtype).removeprefix("torch."),
+        "units": _UNITS,
+        "elements": _symbols(model.elements),
+        **_energies(stored),
+        "predicts_magmoms": model.predicts_magmoms,
+        "files": dict(files),
+        "provenance": dict(stored.provenance),
+    }
+    return {**config, _CONFIG_SHA256: config_sha256(config)}
+
+
 def read_config(directory: Path) -> dict[str, Any]:
-    """`config.json` of a model directory.
+    """`config.json` of a model directory; an older format is brought up to date.
 
     Raises:
         ValueError: not a model directory, of a newer format, edited or damaged.
@@ -114,16 +184,18 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(config, dict) or config.get("format") != "janus-matris model":
         raise ValueError(f"{path} does not describe a janus-matris model")
-    if config.get("format_version") != FORMAT_VERSION:
+    version = config.get("format_version")
+    if version not in (*_UPGRADES, FORMAT_VERSION):
         raise ValueError(
-            f"{path} has format version {config.get('format_version')}; this version reads {FORMAT_VERSION}: "
-            "update janus-matris"
+            f"{path} has format version {version}; this version reads 1 to {FORMAT_VERSION}: update janus-matris"
         )
     if config.get(_CONFIG_SHA256) != config_sha256(config):
         raise ValueError(
             f"{path} is corrupt or was edited: its SHA-256 differs from the one in its entry {_CONFIG_SHA256}; copy "
             "the model again (what a model is cannot be changed by editing this file)"
         )
+    if version in _UPGRADES:
+        config = _UPGRADES[version](config)
     for name, kind in _REQUIRED.items():
         if not isinstance(config.get(name), kind):
             found = repr(config[name])[:80] if name in config else "missing"
@@ -139,6 +211,18 @@ def config_sha256(config: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+def _from_1(config: dict[str, Any]) -> dict[str, Any]:
+    """Format 1 (until November 2026): a single file of weights, and no model card."""
+    if not isinstance(config.get("sha256"), str):
+        return config  # refused for what it lacks
+    kept = {name: value for name, value in config.items() if name != "sha256"}
+    return {**kept, "format_version": FORMAT_VERSION, "files": {WEIGHTS: config["sha256"]}}
+
+
+_UPGRADES = {1: _from_1}
+"""By version: makes the newest format out of it."""
+
+
 def check_model(directory: Path) -> dict[str, Any]:
     """Compares the files of a model directory with their checksums; returns `config.json`.
 
@@ -146,12 +230,29 @@ def check_model(directory: Path) -> dict[str, Any]:
         ValueError: missing, corrupt (checksums) or foreign files.
     """
     config = read_config(directory)
-    weights = directory / WEIGHTS
-    if not weights.is_file():
-        raise ValueError(f"{directory} has no {WEIGHTS}: the model is incomplete")
-    if sha256_of(weights) != config["sha256"]:
-        raise ValueError(f"{weights} is corrupt: its SHA-256 differs from the one in {CONFIG}; copy the model again")
+    for name, digest in config["files"].items():
+        path = directory / name
+        if Path(name).name != name or not path.is_file():
+            raise ValueError(f"{directory} has no {name}: the model is incomplete")
+        if sha256_of(path) != digest:
+            raise ValueError(f"{path} is corrupt: its SHA-256 differs from the one in {CONFIG}; copy the model again")
+    files = set(read_index(directory).values()) | {INDEX} if (directory / INDEX).is_file() else {WEIGHTS}
+    if unlisted := sorted(files - set(config["files"])):
+        raise ValueError(f"{directory}: {CONFIG} has no checksum of {', '.join(unlisted)}; copy the model again")
     return config
+
+
+def open_model(directory: Path) -> StoredModel:
+    """A model directory, its checksums compared, to read weights from.
+
+    Raises:
+        ValueError: as `load_model`.
+    """
+    config = check_model(directory)
+    shell, files = _shell(directory, config), TensorFiles.open(directory)
+    like = shell.state_dict()
+    _check_names(directory, set(like), files.names)
+    return StoredModel(model=shell, like=like, read=files.read, provenance=config["provenance"])
 
 
 def load_model(
@@ -176,55 +277,60 @@ def load_model(
         ValueError: missing, corrupt (checksums) or foreign files.
     """
     directory = Path(directory)
-    config, weights = check_model(directory), directory / WEIGHTS
+    config = check_model(directory)
+    shell, files = _shell(directory, config), TensorFiles.open(directory)
+    _check_names(directory, set(shell.state_dict()), files.names)
     if precision is None:
-        precision = Precision.fp64 if config["parameter_dtype"] == "float64" else Precision.fp32
-    try:
-        hyper = ModelConfig.from_dict(config["model"])
-        state, hyper = _read_state(weights, hyper, elements)
-        known = _numbers(config["elements"])
-        of_task = {task: _numbers(symbols) for task, symbols in config.get("task_elements", {}).items()}
-        model = MatRIS(hyper, precision=precision, mesh=mesh, experts=experts)
-    except SafetensorError as error:
-        raise ValueError(f"{weights} is not a readable safetensors file: {error}") from error
-    except ValueError as error:
-        raise ValueError(f"{directory / CONFIG}: {error}") from error
-    if set(of_task) != set(model.hyper.tasks):
-        raise ValueError(
-            f"{directory / CONFIG}: entry 'task_elements' is for the tasks {sorted(of_task)}, and the model has "
-            f"{sorted(model.hyper.tasks)}: copy the model again"
-        )
-    expected = set(model.state_dict())
-    if set(state) != expected:
-        raise ValueError(
-            f"{weights} does not fit {CONFIG}: missing {sorted(expected - set(state))}, "
-            f"unknown {sorted(set(state) - expected)}"
-        )
+        precision = shell.precision
+    state, hyper = _read_state(files, shell.hyper, elements)
+    model = MatRIS(hyper, precision=precision, mesh=mesh, experts=experts)
     splits = {name: split_of(parameter) for name, parameter in model.named_parameters()}
     try:
         model.load_state_dict({n: part_of(value, splits.get(n), model.mesh) for n, value in state.items()})
     except RuntimeError as error:  # shapes
-        raise ValueError(f"{weights} does not fit {CONFIG}: {error}") from error
-    model.elements = known
-    model.elements_of_task = of_task
-    model.predicts_magmoms = config["predicts_magmoms"]
+        raise ValueError(f"the weights of {directory} do not fit its {CONFIG}: {error}") from error
+    model.elements, model.elements_of_task = shell.elements, shell.elements_of_task
+    model.predicts_magmoms = shell.predicts_magmoms
     return model.to(device)
 
 
+def _shell(directory: Path, config: Mapping[str, Any]) -> MatRIS:
+    """What a `config.json` describes, on the meta device."""
+    dtype = torch.float64 if config["parameter_dtype"] == "float64" else torch.float32
+    try:
+        shell = without_weights(
+            ModelConfig.from_dict(config["model"]),
+            precision_of(dtype),
+            elements=_numbers(config["elements"]),
+            elements_of_task={task: _numbers(names) for task, names in config.get("task_elements", {}).items()},
+            predicts_magmoms=config["predicts_magmoms"],
+        )
+    except ValueError as error:
+        raise ValueError(f"{directory / CONFIG}: {error}") from error
+    if set(shell.elements_of_task) != set(shell.hyper.tasks):
+        raise ValueError(
+            f"{directory / CONFIG}: entry 'task_elements' is for the tasks {sorted(shell.elements_of_task)}, and the "
+            f"model has {sorted(shell.hyper.tasks)}: copy the model again"
+        )
+    return shell
+
+
+def _check_names(directory: Path, expected: set[str], found: set[str]) -> None:
+    if found != expected:
+        raise ValueError(
+            f"the weights of {directory} do not fit its {CONFIG}: missing {sorted(expected - found)}, "
+            f"unknown {sorted(found - expected)}"
+        )
+
+
 def _read_state(
-    weights: Path, hyper: ModelConfig, elements: Sequence[int] | None
+    files: TensorFiles, hyper: ModelConfig, elements: Sequence[int] | None
 ) -> tuple[dict[str, Tensor], ModelConfig]:
     """The weights, and the hyper-parameters of a model that has them."""
     if elements is None or not hyper.num_moe_experts:
-        return load_file(weights), hyper
-    with safe_open(weights, framework="pt") as file:
-
-        def some(name: str, experts: Tensor) -> Tensor:
-            rows = file.get_slice(name)
-            return torch.cat([rows[expert : expert + 1] for expert in experts.tolist()])
-
-        state, num_experts = state_of_elements(file.keys(), file.get_tensor, some, hyper.moe_router_topk, elements)
-    return state, replace(hyper, num_moe_experts=num_experts)
+        return {name: files.read(name) for name in sorted(files.names)}, hyper
+    read, num_experts = reader_of_elements(files.names, files.read, files.rows, hyper.moe_router_topk, elements)
+    return {name: read(name) for name in sorted(files.names)}, replace(hyper, num_moe_experts=num_experts)
 
 
 def num_parameters(model: MatRIS) -> int:
@@ -232,17 +338,16 @@ def num_parameters(model: MatRIS) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _energies(model: MatRIS) -> dict[str, Any]:
+def _energies(stored: StoredModel) -> dict[str, Any]:
     """Entries that tasks have one each of."""
-    tasks = model.hyper.tasks
+    tasks = stored.model.hyper.tasks
+    references, scale = stored.read("reference_energies"), stored.read("energy_scale")
     if not tasks:
-        return {"reference_energies": _by_symbol(model.reference_energies), "energy_scale": model.energy_scale.item()}
+        return {"reference_energies": _by_symbol(references), "energy_scale": scale.item()}
     return {
-        "reference_energies": {
-            task: _by_symbol(row) for task, row in zip(tasks, model.reference_energies, strict=True)
-        },
-        "energy_scale": dict(zip(tasks, model.energy_scale.tolist(), strict=True)),
-        "task_elements": {task: _symbols(numbers) for task, numbers in model.elements_of_task.items()},
+        "reference_energies": {task: _by_symbol(row) for task, row in zip(tasks, references, strict=True)},
+        "energy_scale": dict(zip(tasks, scale.tolist(), strict=True)),
+        "task_elements": {task: _symbols(numbers) for task, numbers in stored.model.elements_of_task.items()},
     }
 
 
@@ -260,12 +365,3 @@ def _kind_name(kind: type | tuple[type, ...]) -> str:
 
 def _by_symbol(energies: Tensor) -> dict[str, float]:
     return dict(zip(SYMBOLS[1 : len(energies) + 1], energies.tolist(), strict=True))
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()

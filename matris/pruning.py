@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from matris.blocks.moe import state_of_elements
+from matris.blocks.moe import reader_of_elements
 from matris.elements import SYMBOLS
-from matris.exported import num_parameters
+from matris.exported import StoredModel, num_parameters, without_weights
 from matris.model import MatRIS
 
 
 def keep_elements(model: MatRIS, elements: Iterable[int]) -> MatRIS:
+    """As `pruned`, of a model in memory."""
+    state = model.state_dict()
+    return pruned(StoredModel(model=model, like=state, read=state.__getitem__, provenance={}), elements).build()
+
+
+def pruned(stored: StoredModel, elements: Iterable[int]) -> StoredModel:
     """The model for these elements alone: the same results for them, and a refusal of all others.
 
     Routing is by element, so the experts that serve them are known. All sites keep the same number of experts, that of
@@ -26,23 +32,25 @@ def keep_elements(model: MatRIS, elements: Iterable[int]) -> MatRIS:
     wanted = sorted(set(elements))
     if not wanted:
         raise ValueError("no elements to keep: name at least one")
+    model, hyper = stored.model, stored.model.hyper
     model.check_elements(wanted)
-    hyper = model.hyper
     if not hyper.num_moe_experts:
         raise ValueError(
             "the model has no experts, so there is nothing to leave out for other elements: use it as it is"
         )
-    state = model.state_dict()
-    state, num_experts = state_of_elements(
-        state, state.__getitem__, lambda name, experts: state[name][experts], hyper.moe_router_topk, wanted
+    read, num_experts = reader_of_elements(
+        stored.like, stored.read, lambda name, experts: stored.read(name)[experts], hyper.moe_router_topk, wanted
     )
-    pruned = MatRIS(replace(hyper, num_moe_experts=num_experts), precision=model.precision)
-    pruned.load_state_dict(state)
-    pruned.elements, pruned.predicts_magmoms = tuple(wanted), model.predicts_magmoms
-    pruned.elements_of_task = {
-        task: tuple(number for number in wanted if number in known) for task, known in model.elements_of_task.items()
-    }
-    return pruned
+    shell = without_weights(
+        replace(hyper, num_moe_experts=num_experts),
+        model.precision,
+        elements=wanted,
+        elements_of_task={
+            task: [number for number in wanted if number in known] for task, known in model.elements_of_task.items()
+        },
+        predicts_magmoms=model.predicts_magmoms,
+    )
+    return StoredModel(model=shell, like=shell.state_dict(), read=read, provenance=stored.provenance)
 
 
 def pruning_line(model: MatRIS, pruned: MatRIS) -> str:

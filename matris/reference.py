@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from matris.config import AngularBasis, ModelConfig, NormType, Precision, RadialBasis
-from matris.exported import save_model, sha256_of
+from matris.exported import save_model
 from matris.model import MatRIS
+from matris.tensor_files import sha256_of
 
 _Choice = TypeVar("_Choice")
 

@@ -9,6 +9,7 @@ from janus.comm.adjoint import all_gather, copy, gather
 from janus.ops.attention import attention_terms
 from matris.blocks.edges import EdgeSet, PendingHalo, Rows
 from matris.blocks.module import GatedMLP, MatRISConfig, MegatronModule, column_parallel
+from matris.blocks.moe import RoutedExperts
 
 LOGIT_CAP = 10.0
 """Bound of the smooth attention's logits. exp(+-10) is far from the limits of fp32, so no running maximum is needed."""
@@ -23,21 +24,29 @@ class SeparableAttention(MegatronModule):
     m_e = GatedMLP([y_e, x_target, x_source]); aggregates A_target and A_source of m, weighted per channel by
     softmax(W_t y) over the edges with the same target and softmax(W_s y) over those with the same source;
     x' = GatedMLP([x, A_target, A_source]) + g x; y' = mean over both directions of m + g' y.
+
+    Args:
+        has_experts: whether routed experts add to both gated perceptrons, as in `ExpertAttention`.
     """
 
-    def __init__(self, config: MatRISConfig) -> None:
+    def __init__(self, config: MatRISConfig, *, has_experts: bool = False) -> None:
         super().__init__(config)
         width, self.tensor = config.model.hidden_size, config.mesh.tensor
         self.smooth = config.model.smooth_attention
-        self.message = GatedMLP(config, num_parts=3)
+        hidden = config.model.moe_ffn_hidden_size if has_experts else None
+        self.message = GatedMLP(config, num_parts=3, hidden_size=hidden)
+        self.message_experts = RoutedExperts(config, 3 * width) if has_experts else None
         self.logits = column_parallel(config, width, 2 * width, stride=2)
         self.width = width // self.tensor.size
-        self.update = GatedMLP(config, num_parts=3)
+        self.update = GatedMLP(config, num_parts=3, hidden_size=hidden)
+        self.update_experts = RoutedExperts(config, 3 * width) if has_experts else None
         self.node_residual = nn.Parameter(torch.ones(width))
         self.edge_residual = nn.Parameter(torch.ones(width))
 
-    def forward(self, nodes: Tensor, edges: Tensor, graph: EdgeSet) -> tuple[Tensor, Tensor]:
-        """Owned nodes and edge features, (..., width) each, to updated ones.
+    def forward(
+        self, nodes: Tensor, edges: Tensor, graph: EdgeSet, element: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Owned nodes and edge features, (..., width) each, and with experts the nodes' Z - 1, to updated features.
 
         Exchanges the nodes and, on the atom graph, the edge features once each, and returns the sums over edges to the
         nodes' owners. On W tensor ranks each has its own channels (heads) of messages, logits and sums.
@@ -51,16 +60,24 @@ class SeparableAttention(MegatronModule):
         local_nodes = coming_nodes.wait()
         inner = inner.add_(self.message.project(1, local_nodes).index_select(0, graph.target))
         inner = inner.add_(self.message.project(2, local_nodes).index_select(0, graph.source))
-        message = self.message.finish(inner)
+        routed = None
+        if self.message_experts is not None:
+            at_target, at_source = (local_nodes.index_select(0, node) for node in (graph.target, graph.source))
+            token = torch.cat([graph.spread(local_edges), at_target, at_source], dim=1)
+            assert element is not None, "experts are chosen by element"
+            routed = self.message_experts(token, element.index_select(0, graph.target))
+        message = self.message.finish(inner, routed)
         value = graph.envelope * message if self.smooth else message
         from_source = self._start_sums(source_logits, value, graph.envelope, graph.source, graph.sources)
         from_target = self._start_sums(target_logits, value, graph.envelope, graph.target, graph.targets)
         edge_update = graph.average(message)
-        update = (
-            update + self.update.project(1, self._mean(from_target)) + self.update.project(2, self._mean(from_source))
-        )
+        mean_target, mean_source = self._mean(from_target), self._mean(from_source)
+        update = update + self.update.project(1, mean_target) + self.update.project(2, mean_source)
+        routed = None
+        if self.update_experts is not None:
+            routed = self.update_experts(torch.cat([own_nodes, mean_target, mean_source], dim=1), element)
         return (
-            torch.addcmul(gather(self.update.finish(update), self.tensor, dim=1), self.node_residual, nodes),
+            torch.addcmul(gather(self.update.finish(update, routed), self.tensor, dim=1), self.node_residual, nodes),
             torch.addcmul(gather(edge_update, self.tensor, dim=1), self.edge_residual, edges),
         )
 

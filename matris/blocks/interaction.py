@@ -8,8 +8,8 @@ from torch import Tensor
 
 from matris.blocks.attention import SeparableAttention
 from matris.blocks.edges import EdgeSet
+from matris.blocks.expert_attention import ExpertAttention
 from matris.blocks.module import MatRISConfig, MegatronModule
-from matris.blocks.moe import ExpertAttention
 from matris.blocks.refinement import AtomRefinement, LineRefinement
 
 
@@ -45,7 +45,10 @@ class InteractionBlock(MegatronModule):
         self.is_last = is_last
         self.line_attention = SeparableAttention(config)
         self.has_experts = config.model.num_moe_experts > 0
-        self.atom_attention = ExpertAttention(config) if self.has_experts else SeparableAttention(config)
+        multi_head = self.has_experts and not config.model.separable_attention
+        self.atom_attention = (
+            ExpertAttention(config) if multi_head else SeparableAttention(config, has_experts=self.has_experts)
+        )
         self.line_refinement = LineRefinement(config)
         self.atom_refinement = AtomRefinement(config)
 
@@ -54,10 +57,7 @@ class InteractionBlock(MegatronModule):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Features of atoms (N, width), undirected edges (U, width) and angles (A, width) to updated ones."""
         edges, angles = self.line_attention(edges, angles, graph.line_graph)
-        if self.has_experts:
-            atoms, edges = self.atom_attention(atoms, edges, graph.atom_graph, graph.element)
-        else:
-            atoms, edges = self.atom_attention(atoms, edges, graph.atom_graph)
+        atoms, edges = self.atom_attention(atoms, edges, graph.atom_graph, graph.element)
         edges, angles = self.line_refinement(
             edges,
             angles,

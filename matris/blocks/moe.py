@@ -1,4 +1,4 @@
-"""A mixture of experts that is routed by chemical element alone, and the attention that it sits around.
+"""A mixture of experts that is routed by chemical element alone.
 
 The element of a token decides which experts serve it, never its geometry, so the active experts do not change along a
 trajectory and the energy stays as smooth as each expert is.
@@ -12,24 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from janus.comm.adjoint import copy, gather
+from janus.comm.adjoint import copy
 from janus.comm.collectives import start_all_gather
 from janus.expert_parallel.dispatcher import PlannedTokenDispatcher
 from janus.expert_parallel.plan import ExpertPlan, expert_load, fixed_plan, plan_experts
 from janus.ops.grouped import grouped_linear
 from janus.ops.segment import segment_sum
 from janus.ops.silu import silu
-from matris.blocks.attention import DELTA, LOGIT_CAP
-from matris.blocks.edges import EdgeSet, PendingHalo, Rows
-from matris.blocks.module import (
-    GatedMLP,
-    MatRISConfig,
-    MegatronModule,
-    SplitModule,
-    column_parallel,
-    row_parallel,
-    split_parameter,
-)
+from matris.blocks.module import MatRISConfig, MegatronModule, SplitModule, split_parameter
 
 
 class ElementRouter(MegatronModule):
@@ -171,115 +161,30 @@ def experts_of_elements(tables: Mapping[str, Tensor], topk: int, elements: Seque
     return kept
 
 
-def state_of_elements(
+def reader_of_elements(
     names: Iterable[str],
     whole: Callable[[str], Tensor],
     some: Callable[[str, Tensor], Tensor],
     topk: int,
     elements: Sequence[int],
-) -> tuple[dict[str, Tensor], int]:
-    """State dict of a model for these elements alone, and how many experts it has at each site.
+) -> tuple[Callable[[str], Tensor], int]:
+    """What gives the weights, by name, of a model for these elements alone; and how many experts that has at each site.
 
     Args:
         names: of the state of the whole model.
         whole, some: give a tensor of it, or the experts (n,) of one.
     """
-    names = list(names)
     tables = {name.removesuffix(_ROUTER): whole(name) for name in names if name.endswith(_ROUTER)}
     kept = experts_of_elements(tables, topk, elements)
 
-    def part(name: str) -> Tensor:
+    def read(name: str) -> Tensor:
         site, end = name.rpartition(".")[0], f".{name.rpartition('.')[2]}"
         if name.endswith(_ROUTER):
             site = name.removesuffix(_ROUTER)
             return tables[site][:, kept[site]]
         return some(name, kept[site]) if site in kept and end in _OF_EXPERTS else whole(name)
 
-    return {name: part(name) for name in names}, len(next(iter(kept.values())))
-
-
-class ExpertAttention(MegatronModule):
-    """Message-update experts, multi-head self-attention over an atom's edges, feature-update experts.
-
-    m_e = norm(shared([y, x_t, x_s]) + experts of the target), A_t and A_s the attention of an atom over the edges that
-    it is the target and the source of, x' = norm(shared([x, A_t, A_s]) + experts of the atom) + g x, and edges as in
-    `SeparableAttention`. With the envelope u of an edge, a head's weights are u exp(c(q k / sqrt(width))) over their
-    sum plus delta, on values u v: an edge enters with weight and slope zero at the cutoff.
-    """
-
-    def __init__(self, config: MatRISConfig) -> None:
-        super().__init__(config)
-        hyper, self.tensor = config.model, config.mesh.tensor
-        width, hidden = hyper.hidden_size, hyper.moe_ffn_hidden_size
-        self.head_width, self.width = hyper.kv_channels, width // self.tensor.size
-        if self.width % self.head_width:
-            raise ValueError(
-                f"{width // self.head_width} attention heads do not divide into {self.tensor.size} tensor-parallel "
-                "ranks: choose fewer ranks or narrower heads (model.kv_channels)"
-            )
-        self.message = GatedMLP(config, num_parts=3, hidden_size=hidden)
-        self.message_experts = RoutedExperts(config, 3 * width)
-        # Each projection twice over: an atom attends as target and as source.
-        self.query = column_parallel(config, width, 2 * width, stride=2)
-        self.key = column_parallel(config, width, 2 * width, stride=2)
-        self.value = column_parallel(config, width, width)
-        self.target_output = row_parallel(config, width, width, bias=False, scatter_output=False)
-        self.source_output = row_parallel(config, width, width, bias=False, scatter_output=False)
-        self.update = GatedMLP(config, num_parts=3, hidden_size=hidden)
-        self.update_experts = RoutedExperts(config, 3 * width)
-        self.node_residual = nn.Parameter(torch.ones(width))
-        self.edge_residual = nn.Parameter(torch.ones(width))
-
-    def forward(self, nodes: Tensor, edges: Tensor, graph: EdgeSet, element: Tensor) -> tuple[Tensor, Tensor]:
-        """Owned atoms and edge features, (..., width), and the atoms' Z - 1, to updated features."""
-        own_nodes, own_edges = copy(nodes, self.tensor), copy(edges, self.tensor)
-        coming_nodes, coming_edges = graph.sources.start_borrow(own_nodes), graph.features.start_borrow(own_edges)
-        update = self.update.project(0, own_nodes)  # needs nothing of other ranks
-        local_edges, local_nodes = coming_edges.wait(), coming_nodes.wait()
-        inner = graph.spread(self.message.project(0, local_edges))
-        inner = inner.add_(self.message.project(1, local_nodes).index_select(0, graph.target))
-        inner = inner.add_(self.message.project(2, local_nodes).index_select(0, graph.source))
-        token = torch.cat(
-            [
-                graph.spread(local_edges),
-                local_nodes.index_select(0, graph.target),
-                local_nodes.index_select(0, graph.source),
-            ],
-            dim=1,
-        )
-        routed = self.message_experts(token, element.index_select(0, graph.target))
-        message = self.message.finish(inner, routed)
-        whole = copy(gather(message, self.tensor, dim=1), self.tensor)
-        queries, keys = self.query(local_nodes).split(self.width, dim=1), self.key(whole).split(self.width, dim=1)
-        value = graph.envelope * self.value(whole)
-        from_source = self._start_sums(queries[1], keys[1], value, graph.envelope, graph.source, graph.sources)
-        from_target = self._start_sums(queries[0], keys[0], value, graph.envelope, graph.target, graph.targets)
-        edge_update = graph.average(message)
-        at_target = copy(self.target_output(self._mean(from_target)), self.tensor)
-        at_source = copy(self.source_output(self._mean(from_source)), self.tensor)
-        update = update + self.update.project(1, at_target) + self.update.project(2, at_source)
-        routed = self.update_experts(torch.cat([own_nodes, at_target, at_source], dim=1), element)
-        return (
-            torch.addcmul(gather(self.update.finish(update, routed), self.tensor, dim=1), self.node_residual, nodes),
-            torch.addcmul(gather(edge_update, self.tensor, dim=1), self.edge_residual, edges),
-        )
-
-    def _start_sums(
-        self, query: Tensor, key: Tensor, value: Tensor, envelope: Tensor, node: Tensor, rows: Rows
-    ) -> tuple[PendingHalo, PendingHalo]:
-        """Numerators (N, heads, width) and denominators (N, heads, 1) of the attention, on the way to their owners."""
-        heads = (-1, self.width // self.head_width, self.head_width)
-        logits = (query.index_select(0, node) * key).view(heads).sum(dim=2, keepdim=True) / self.head_width**0.5
-        weight = envelope[:, :, None] * (LOGIT_CAP * (logits / LOGIT_CAP).tanh()).exp()
-        return (
-            rows.start_return(rows.sum(weight * value.view(heads), node)),
-            rows.start_return(rows.sum(weight, node)),
-        )
-
-    def _mean(self, sums: tuple[PendingHalo, PendingHalo]) -> Tensor:
-        """The heads of each owned atom, (N, width / W)."""
-        value, weight = (pending.wait() for pending in sums)
-        return (value / (weight + DELTA)).flatten(1)
+    return read, len(next(iter(kept.values())))
 
 
 def _uniform(fan_in: int, *shape: int) -> Tensor:

@@ -55,5 +55,5 @@ def _keep_elements(source: Path, elements: list[int], output: Path) -> None:
     model = load_model(source)
     pruned = keep_elements(model, elements)
     config = read_config(source)
-    save_model(pruned, output, provenance={**config["provenance"], "experts_kept_of": config["sha256"]})
+    save_model(pruned, output, provenance={**config["provenance"], "experts_kept_of": config["config_sha256"]})
     print(pruning_line(model, pruned))

@@ -58,7 +58,7 @@ def checkpoint(shared_directory: Path) -> Path:
 
 def test_converts_and_describes(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*CONVERT, "--input", str(checkpoint), "--output", str(tmp_path / "model")]) == 0
-    assert {path.name for path in (tmp_path / "model").iterdir()} == {"model.safetensors", "config.json"}
+    assert {path.name for path in (tmp_path / "model").iterdir()} == {"model.safetensors", "config.json", "README.md"}
     assert main(["info", "--model", str(tmp_path / "model")]) == 0
     assert "reference package matris" in capsys.readouterr().out
 

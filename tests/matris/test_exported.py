@@ -1,13 +1,19 @@
 """Model directories: round trip, damage, refusal."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from ase.build import bulk
+from safetensors.torch import load_file
 
 from matris.config import ModelConfig, Precision
-from matris.exported import config_sha256, load_model, read_config, save_model
-from tests.matris.structures import all_kinds, predict, tiny_model
+from matris.exported import check_model, config_sha256, load_model, open_model, read_config, save_model
+from tests.matris.structures import EXPERTS, all_kinds, predict, tiny_model
+
+STORED = Path(__file__).parent / "stored"
 
 
 @pytest.fixture
@@ -117,7 +123,8 @@ def test_rewritten_config_is_the_same(directory):
         ({"model": [1]}, r"'model' is \[1\].*dict"),
         ({"predicts_magmoms": "yes"}, "predicts_magmoms"),
         ({"elements": [["H"]]}, "unknown element"),
-        ({"sha256": None}, "sha256"),
+        ({"files": None}, "'files' is missing"),
+        ({"files": {}}, "no checksum"),
     ],
 )
 def test_configs_of_another_writer_are_checked(directory, change, message):
@@ -129,7 +136,7 @@ def test_configs_of_another_writer_are_checked(directory, change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hidden_size": 24}, r"model\.safetensors does not fit config\.json"),
+        ({"hidden_size": 24}, r"the weights of .*model do not fit its config\.json"),
         ({"hidden_size": "16"}, r"model\.hidden_size is '16'"),
         ({"hidden_size": True}, "hidden_size is True"),
         ({"pairwise_cutoff": "5"}, "pairwise_cutoff is '5'"),
@@ -183,3 +190,90 @@ def test_config_round_trip_and_limits():
     ):
         with pytest.raises(ValueError, match=message):
             ModelConfig(**change)
+
+
+def test_models_of_format_1_are_read():
+    model, expected = load_model(STORED / "model_v1"), json.loads((STORED / "model_v1_expected.json").read_text())
+    assert json.loads((STORED / "model_v1" / "config.json").read_text())["format_version"] == 1
+    assert read_config(STORED / "model_v1")["format_version"] == 2
+    prediction = predict(model, bulk("Si"))
+    assert prediction.energy.item() == pytest.approx(expected["energy"], rel=1e-12)
+    torch.testing.assert_close(
+        prediction.stress[0], torch.tensor(expected["stress"], dtype=torch.float64), rtol=1e-9, atol=1e-14
+    )
+    assert model.elements == (1, 14)
+
+
+def test_damaged_models_of_format_1_are_refused(tmp_path):
+    shutil.copytree(STORED / "model_v1", tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    with pytest.raises(ValueError, match="corrupt"):
+        load_model(tmp_path / "model")
+
+
+@pytest.fixture
+def pieces(tmp_path):
+    model = tiny_model(EXPERTS)
+    save_model(model, tmp_path / "model", provenance={}, max_file_bytes=60_000)
+    return model, tmp_path / "model"
+
+
+def test_large_weights_lie_in_several_files_as_hugging_face_has_them(pieces):
+    model, directory = pieces
+    files = sorted(path.name for path in directory.glob("*.safetensors"))
+    assert len(files) > 3
+    assert files == [f"model-{n:05d}-of-{len(files):05d}.safetensors" for n in range(1, len(files) + 1)]
+    index = json.loads((directory / "model.safetensors.index.json").read_text())
+    state = model.state_dict()
+    assert index["metadata"]["total_size"] == sum(value.nbytes for value in state.values())
+    assert set(index["weight_map"].values()) == set(files)
+    found = {}
+    for file in files:  # read by the library itself
+        tensors = load_file(directory / file)
+        assert set(tensors) == {name for name, place in index["weight_map"].items() if place == file}
+        assert len(tensors) == 1 or sum(value.nbytes for value in tensors.values()) <= 60_000
+        found |= tensors
+    assert set(found) == set(state)
+    assert all(torch.equal(found[name], value) for name, value in state.items())
+    assert set(read_config(directory)["files"]) == {*files, "model.safetensors.index.json"}
+
+
+def test_several_files_load_whole_and_in_part(pieces):
+    model, directory = pieces
+    loaded, opened = load_model(directory), open_model(directory)
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)
+        assert torch.equal(opened.read(name), value)
+    silicon = load_model(directory, elements=[14])
+    assert silicon.hyper.num_moe_experts == EXPERTS.moe_router_topk
+    ours, whole = (predict(each, bulk("Si")) for each in (silicon, model))
+    torch.testing.assert_close(ours.stress, whole.stress, rtol=0, atol=1e-13)
+
+
+def test_damage_to_any_of_several_files_is_found(pieces, tmp_path):
+    _, directory = pieces
+    for path in [*directory.glob("*.safetensors"), directory / "model.safetensors.index.json"]:
+        content = path.read_bytes()
+        path.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+        with pytest.raises(ValueError, match=path.name):
+            check_model(directory)
+        path.unlink()
+        with pytest.raises(ValueError, match="incomplete|index|no checksum"):
+            load_model(directory)
+        path.write_bytes(content)
+    load_model(directory)
+
+
+def test_model_card_says_what_the_model_is(tmp_path):
+    model = tiny_model()
+    model.elements = (14, 8)
+    report = {"energy_mae_meV_per_atom": 12.3456, "forces_mae_meV_per_A": float("nan"), "num_structures": 3}
+    provenance = {"validation": report, "step": 7, "settings": {"data": {"train": ["silica.xyz"]}}}
+    save_model(model, tmp_path / "model", provenance=provenance)
+    card = (tmp_path / "model" / "README.md").read_text()
+    parts = ("Si, O", "silica.xyz", "energy mae meV per atom: 12.35", '"step": 7', "eV/Angstrom^3", "MatRISCalculator")
+    assert [part for part in parts if part not in card] == []
+    assert "forces mae" not in card
+    (tmp_path / "model" / "README.md").write_text("a card of one's own")
+    load_model(tmp_path / "model")

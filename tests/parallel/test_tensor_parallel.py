@@ -94,10 +94,20 @@ CONFIGS = [
         moe_ffn_hidden_size=8,
         kv_channels=4,
     ),
+    ModelConfig(
+        num_layers=1,
+        hidden_size=16,
+        pairwise_cutoff=4.0,
+        three_body_cutoff=3.0,
+        num_moe_experts=5,
+        moe_router_topk=2,
+        moe_ffn_hidden_size=8,
+        separable_attention=True,
+    ),
 ]
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=["layer norm", "rms norm", "experts"])
+@pytest.mark.parametrize("config", CONFIGS, ids=["layer norm", "rms norm", "experts", "experts of separable attention"])
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_tensor_parallel_model_is_that_of_one_process(world_size: int, config: ModelConfig) -> None:
     alone = measured(Mesh(), config)
