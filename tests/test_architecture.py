@@ -38,7 +38,9 @@ LEVELS = {
         (
             "matris.ase_files",
             "matris.train_config",
+            "matris.model_card",
             "matris.presets",
+            "matris.tensor_files",
             "matris.precision",
             "matris.graph",
             "matris.basis",
