@@ -27,6 +27,13 @@ _FIXED = {
 }
 """Settings of the reference package of which only these values exist here."""
 
+_CONSTANTS = {
+    "three_body_embedding.expansion.factor",
+    "edge_embedding.pairwise_rbf_expansion.offset",
+    "edge_embedding.threebody_rbf_expansion.offset",
+}
+"""Stored by the reference package, though they follow from the cutoffs."""
+
 
 def convert_reference(source: Path, output: Path) -> None:
     """Convert a checkpoint of the reference package into a model directory.
@@ -122,8 +129,7 @@ def model_from_reference(config: dict[str, Any], state: dict[str, Tensor], *, or
             shapes = {part: tuple(state[part].shape) for part in parts}
             raise ValueError(f"{origin}: weights {shapes} do not fit {name} of shape {tuple(ours[name].shape)}")
         converted[name] = value.to(ours[name].dtype)
-    # The spherical basis stores a constant that follows from the cutoff.
-    unknown = sorted(set(state) - used - {"three_body_embedding.expansion.factor"})
+    unknown = sorted(set(state) - used - _CONSTANTS)
     if missing or unknown:
         raise ValueError(f"{origin}: weights do not fit its config: missing {sorted(missing)}, unknown {unknown}")
     for name in ("reference_energies", "energy_scale"):

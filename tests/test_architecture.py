@@ -51,7 +51,7 @@ LEVELS = {
         ("matris.model",),
         ("matris.exported", "matris.loss", "matris.metrics"),
         ("matris.reference", "matris.pruning", "matris.task", "matris.calculator", "matris.relax", "matris.md"),
-        ("matris.evaluation",),
+        ("matris.evaluation", "matris.reference_export"),
         ("matris.setup",),
         ("matris.run_table", "matris.verify"),
         ("matris.run",),
