@@ -38,7 +38,8 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert main(command(folder, run, 4)) == 0
     last = run / "checkpoints" / "step_00000004"
     tensors, state = read_directory(last)
-    write_directory(last, tensors, {**state, "best_step": 2, "best_loss": 0.0})
+    shutil.rmtree(last)
+    write_directory(last, tensors.items(), {**state, "best_step": 2, "best_loss": 0.0})
     return run
 
 
