@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import signal
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
@@ -187,15 +188,15 @@ class LoopConfig(MatRISConfig):
     """With what Megatron's schedules and gradient buffers read of the configuration of a transformer.
 
     Attributes:
-        calculate_per_token_loss: its option.
-        fine_grained_activation_offloading, moe_router_enable_expert_bias, moe_router_load_balancing_type: always off;
-            there is no router of tokens.
+        calculate_per_token_loss, fine_grained_activation_offloading, moe_router_enable_expert_bias,
+            moe_router_load_balancing_type, qk_layernorm: always off.
     """
 
     calculate_per_token_loss: bool = False
     fine_grained_activation_offloading: bool = False
     moe_router_enable_expert_bias: bool = False
     moe_router_load_balancing_type: str = "none"
+    qk_layernorm: bool = False
 
 
 class Job:
@@ -258,7 +259,7 @@ class Job:
         self._subject = build_subject(settings, self._mesh)
         model = self._subject.task.model
         own = {entry.name: getattr(model.config, entry.name) for entry in fields(MatRISConfig)}
-        model.config = LoopConfig(**own, calculate_per_token_loss=bool(arguments.calculate_per_token_loss))
+        model.config = LoopConfig(**own)
         for parameter in model.parameters():
             if getattr(parameter, EXPERT_ATTRIBUTE, False):
                 parameter.allreduce = False  # its gradient is summed over the ranks that have the same experts
@@ -291,8 +292,7 @@ class Job:
         if timers is not None:
             timers("batch-generator").stop()
         loss = task.loss(part.micro_batch, part.totals, training=torch.is_grad_enabled())
-        # Megatron divides by the micro-batches and by the ranks that have parts of a gradient, whether it averages
-        # over them or, per token, divides by the sum of the counts below.
+        # Megatron divides by the count below, by the micro-batches and by the ranks that have parts of a gradient.
         scaled = loss.total * (self.num_parts * self._mesh.replicas.size)
 
         def read(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -378,6 +378,8 @@ def _train(loop: Loop) -> int:
         def datasets(num_samples: Any, vp_stage: int | None = None) -> Sequence[Iterator[Part] | None]:
             return job.build_datasets(num_samples, vp_stage)
 
+        # Slurm's warning before the time limit; Megatron saves and ends on SIGTERM alone.
+        signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         datasets.is_distributed = True  # type: ignore[attr-defined]  # all ranks of the tensor axis read
         try:
             loop.pretrain(

@@ -68,13 +68,14 @@ _WHOLE_SET = "every evaluation covers the validation set once, cut into --eval-i
 
 _FIXED = {
     "dataloader_type": "external",
+    "exit_signal_handler": True,
     "gradient_accumulation_fusion": False,
     "masked_softmax_fusion": False,
     "tokenizer_type": "NullTokenizer",
     "transformer_impl": "local",
     "vocab_size": 1,
 }
-"""Defaults for what belongs to language models."""
+"""Defaults for what belongs to language models; and a checkpoint when a scheduler ends the job."""
 
 REFUSALS = (
     Refusal(name="pipeline_model_parallel_size", allowed=(1,), reason=_ONE_STAGE),
@@ -97,6 +98,11 @@ REFUSALS = (
         name="gradient_accumulation_fusion",
         allowed=_NO,
         reason="it adds to the weight gradients during the backward pass that gives the forces",
+    ),
+    Refusal(
+        name="calculate_per_token_loss",
+        allowed=_NO,
+        reason="it divides gradients by a number of tokens, and each term of the loss has a number of its own",
     ),
     Refusal(name="delay_wgrad_compute", allowed=_NO, reason=_RECOMPUTED),
     Refusal(name="recompute_granularity", allowed=(None,), reason=_RECOMPUTED),
@@ -137,8 +143,7 @@ def check_arguments(arguments: Namespace) -> None:
         value = getattr(arguments, refusal.name, refusal.allowed[0])
         if value not in refusal.allowed:
             option = f"--{refusal.name.replace('_', '-')}"
-            known = ", ".join(str(entry) for entry in refusal.allowed)
-            raise ValueError(f"{option} is {value}; supported: {known}. {refusal.reason}")
+            raise ValueError(f"{option} {value} is not supported: {refusal.reason}")
     tensor, of_experts = arguments.tensor_model_parallel_size, getattr(arguments, "expert_tensor_parallel_size", None)
     if of_experts not in (None, tensor):
         raise ValueError(
