@@ -8,8 +8,10 @@ import signal
 import socket
 import sys
 import threading
+import time
+import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -108,6 +110,7 @@ class Launch:
         launcher: who started it, for messages.
         rank, world_size, local_rank: as in `Mesh`.
         address, port: where rank 0 listens.
+        outlives_ranks: whether it is the launcher that listens there, over all attempts of a run.
     """
 
     launcher: str = "python"
@@ -116,6 +119,7 @@ class Launch:
     local_rank: int = 0
     address: str = "127.0.0.1"
     port: int = 29500
+    outlives_ranks: bool = False
 
 
 # Per launcher: variables of rank, number of ranks, rank within the machine and ranks on the machine.
@@ -172,6 +176,7 @@ def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:
         local_rank=number(local_name, 0),
         address=address or "127.0.0.1",
         port=port,
+        outlives_ranks=launcher == "torchrun" and environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
     )
 
 
@@ -365,22 +370,54 @@ def _join(launch: Launch, device: torch.device, timeout_minutes: float) -> None:
         message = f"waiting for {launch.world_size} ranks ({launch.launcher}) at {launch.address}:{launch.port}"
         print(message, file=sys.stderr, flush=True)
     try:
+        store = _store_of_attempt(launch, timedelta(minutes=timeout_minutes)) if launch.outlives_ranks else None
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            init_method=f"tcp://{launch.address}:{launch.port}",
+            init_method=None if store else f"tcp://{launch.address}:{launch.port}",
+            store=store,
             rank=launch.rank,
             world_size=launch.world_size,
             # NCCL ends the process without a name when its time is up, so the watch must come first.
             timeout=timedelta(minutes=timeout_minutes + (1.0 if device.type == "cuda" else 0.0)),
             device_id=device if device.type == "cuda" else None,
         )
-    except dist.DistError as error:
+    except RuntimeError as error:  # torch's own errors of networks and stores, and those of gloo
         reason = str(error).partition("\n")[0]
         raise ConnectionError(
             f"rank {launch.rank}: the {launch.world_size} ranks ({launch.launcher}) did not meet at "
             f"{launch.address}:{launch.port} within {timeout_minutes:g} minutes ({reason}): look at the other ranks' "
             "output, and whether this address can be reached from all machines"
         ) from error
+
+
+def _store_of_attempt(launch: Launch, limit: timedelta) -> dist.Store:
+    """A store on rank 0, for this attempt of torchrun alone.
+
+    The launcher's own store still has the addresses of the ranks of an earlier attempt, and the number of restarts that
+    it tells is not the same on all machines. So rank 0 says there where its store is, and the others ask until what is
+    said is of a rank 0 that lives; those of earlier attempts were ended before this one began.
+
+    Raises:
+        DistError: not found in time.
+    """
+    key, probe, end = "janus/store_of_attempt", timedelta(seconds=3), time.monotonic() + limit.total_seconds()
+    shared = dist.TCPStore(launch.address, launch.port, is_master=False, timeout=limit)
+    if launch.rank == 0:
+        store = dist.TCPStore(launch.address, 0, is_master=True, wait_for_workers=False, timeout=limit)
+        word = uuid.uuid4().hex
+        store.set(key, word)
+        shared.set(key, f"{store.port} {word}")
+        return store
+    while time.monotonic() < end:
+        port, _, word = shared.get(key).decode().partition(" ")
+        with suppress(dist.DistError):
+            store = dist.TCPStore(launch.address, int(port), is_master=False, timeout=probe)
+            # Something else may listen there by now.
+            if store.check([key]) and store.get(key).decode() == word:
+                store.set_timeout(limit)
+                return store
+        time.sleep(0.1)
+    raise dist.DistStoreError("the store of rank 0 was not found")
 
 
 def _own_address(launch: Launch) -> str:

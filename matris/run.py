@@ -134,7 +134,8 @@ def _restore_best(trainer: Trainer, mesh: Mesh, directory: Path) -> None:
     source = trainer.store.path(step)
     if not on_main_rank(lambda: _lacks_best(directory, source, step), mesh):
         return
-    learner.restore(trainer.store.open(source))
+    found = trainer.store.open(source)
+    trainer.store.together(lambda: learner.restore(found))
     with learner.averaged():
         state = learner.state()  # all ranks have a part of it
         on_main_rank(lambda: trainer.task.export(directory, state, {**trainer.provenance, "step": step}), mesh)

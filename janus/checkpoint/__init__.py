@@ -7,7 +7,7 @@ from janus.checkpoint.directory import (
     verify_directory,
     write_directory,
 )
-from janus.checkpoint.manifest import CheckpointError
+from janus.checkpoint.manifest import CheckpointError, DamageError
 from janus.checkpoint.rng import capture_rng, restore_rng
 from janus.checkpoint.store import CheckpointStore
 
@@ -15,6 +15,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "CheckpointStore",
+    "DamageError",
     "capture_rng",
     "open_checkpoint",
     "read_directory",

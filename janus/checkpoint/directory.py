@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -21,18 +20,23 @@ from janus.checkpoint.manifest import (
     MANIFEST,
     STATE,
     CheckpointError,
+    DamageError,
     Manifest,
     StoredFile,
     StoredPiece,
     StoredTensor,
     fingerprint,
+    read_header,
     read_manifest,
     verify_files,
 )
-from janus.checkpoint.shards import Shards
+from janus.checkpoint.shards import Read, Shards
 
 WRITING, DELETING = ".writing-", ".deleting-"
 """Prefixes of directories that are not finished, or not wanted; whoever finds one may delete it."""
+_BLOCK = 1 << 22
+_THREADS = 4
+"""That read pieces at once; more than one, so that the disk need not wait for checksums."""
 _FILE_BYTES = 2 << 30
 """A process that writes tensor after tensor begins another file when one has this size."""
 
@@ -57,10 +61,10 @@ def write_directory(path: Path, tensors: Iterable[tuple[str, Tensor]], state: Ma
         index: dict[str, StoredTensor] = {}
         for number, group in enumerate(_groups(tensors)):
             name = f"tensors_{number:05d}.safetensors"
-            files[name] = write_tensors(staging / name, group)
+            starts = {key: (0,) * value.ndim for key, value in group.items()}
+            files[name], pieces = write_tensors(staging / name, group, starts)
             for key, value in group.items():
-                whole = StoredPiece(file=name, key=key, start=(0,) * value.ndim, shape=tuple(value.shape))
-                index[key] = StoredTensor(dtype=value.dtype, shape=value.shape, pieces=(whole,))
+                index[key] = StoredTensor(dtype=value.dtype, shape=value.shape, pieces=(pieces[key],))
         finish(path, Manifest(files=files, tensors=index), state)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
@@ -95,17 +99,34 @@ def staging_of(path: Path) -> Path:
     return path.with_name(WRITING + path.name)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> StoredFile:
-    """Writes tensors of the host's memory to a file that survives a power cut.
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], starts: Mapping[str, tuple[int, ...]]
+) -> tuple[StoredFile, dict[str, StoredPiece]]:
+    """Writes blocks of tensors, in the host's memory, to a file that survives a power cut.
 
-    The checksum is that of what the file gives back, taken while the disk works.
+    Args:
+        starts: of each block within its tensor.
+
+    Returns:
+        The file and the blocks in it.
     """
-    save_file(dict(tensors), path)
     with ThreadPoolExecutor(1) as pool:
-        flushed = pool.submit(flush, path)
-        stored = fingerprint(path)
-        flushed.result()
-    return stored
+        sums = pool.submit(lambda: {key: zlib.crc32(_bytes(value)) for key, value in tensors.items()})
+        save_file(dict(tensors), path)
+        flush(path)
+        header = read_header(path)
+        pieces = {
+            key: StoredPiece(
+                file=path.name, offset=header[key].offset, start=starts[key], shape=tuple(value.shape), crc32=crc32
+            )
+            for (key, value), crc32 in zip(tensors.items(), sums.result().values(), strict=True)
+        }
+    return StoredFile(bytes=path.stat().st_size), pieces
+
+
+def _bytes(value: Tensor) -> memoryview:
+    """Of a contiguous tensor in the host's memory; the same memory."""
+    return value.detach().view(-1).view(torch.uint8).numpy().data
 
 
 def finish(path: Path, manifest: Manifest, state: Mapping[str, Any]) -> None:
@@ -188,6 +209,7 @@ class Checkpoint:
 
         Raises:
             CheckpointError: a tensor is missing or has another shape.
+            DamageError: what was read is not what was written; pieces may be filled already.
         """
         for name, wanted in shards.items():
             stored = self.tensors.get(name)
@@ -196,45 +218,71 @@ class Checkpoint:
                 raise CheckpointError(
                     f"checkpoint {self.path}: tensor {name} is {found}, and should have shape {tuple(wanted.shape)}"
                 )
-        with _opened(self.path) as file, torch.no_grad():
-            for name, wanted in shards.items():
-                for item in wanted.reads(name, self.tensors[name]):
-                    source = file(item.piece.file).get_slice(item.piece.key)
-                    item.target.copy_(source[item.within] if item.within else source[...])
+        jobs: dict[tuple[str, int], tuple[StoredPiece, torch.dtype, list[Read]]] = {}
+        for name, wanted in shards.items():
+            stored = self.tensors[name]
+            for read in wanted.reads(name, stored):
+                place = read.piece.file, read.piece.offset
+                jobs.setdefault(place, (read.piece, stored.dtype, []))[2].append(read)
+        with ThreadPoolExecutor(_THREADS) as pool:
+            for _ in pool.map(lambda job: self._read(*job), jobs.values()):
+                pass
 
+    def verify(self) -> None:
+        """Reads all pieces.
 
-@contextmanager
-def _opened(directory: Path) -> Iterator[Any]:
-    """Gives a function from a file's name to the open file."""
-    with ExitStack() as stack:
-        files: dict[str, Any] = {}
+        Raises:
+            DamageError: one is not as it was written.
+        """
+        pieces = [(piece, stored.dtype) for stored in self.tensors.values() for piece in stored.pieces]
+        with ThreadPoolExecutor(_THREADS) as pool:
+            for _ in pool.map(lambda job: self._read(job[0], job[1], ()), pieces):
+                pass
 
-        def file(name: str) -> Any:
-            if name not in files:
-                files[name] = stack.enter_context(safe_open(directory / name, framework="pt"))
-            return files[name]
-
-        yield file
+    def _read(self, piece: StoredPiece, dtype: torch.dtype, reads: Sequence[Read]) -> None:
+        """Reads and verifies a piece, and copies from it."""
+        path = self.path / piece.file
+        first = next((read for read in reads if read.takes_as_it_is(dtype)), None)
+        value = torch.empty(piece.shape, dtype=dtype) if first is None else first.target.detach()
+        content, crc = _bytes(value), 0
+        try:
+            with path.open("rb", buffering=0) as file:
+                file.seek(piece.offset)
+                for begin in range(0, len(content), _BLOCK):
+                    block = content[begin : begin + _BLOCK]
+                    if file.readinto(block) != len(block):
+                        raise DamageError(f"checkpoint file {path} is damaged: it ends before its last piece")
+                    crc = zlib.crc32(block, crc)
+        except OSError as error:
+            raise DamageError(f"checkpoint file {path} cannot be read: {error}") from error
+        if piece.crc32 is not None and crc != piece.crc32:
+            raise DamageError(
+                f"checkpoint file {path} is damaged: the crc32 checksum of the piece at byte {piece.offset} is not "
+                "the manifest's"
+            )
+        with torch.no_grad():
+            for read in reads:
+                if read is not first:
+                    read.target.copy_(value[read.within])
 
 
 def verify_directory(path: Path) -> None:
-    """Compares every file with the manifest.
+    """Compares everything in a checkpoint with its manifest.
 
     Raises:
-        CheckpointError: a file is missing, truncated or changed.
+        DamageError: a file is missing, truncated or changed.
     """
-    verify_files(path, read_manifest(path))
+    open_checkpoint(path).verify()
 
 
-def open_checkpoint(path: Path, *, verified: bool = False) -> Checkpoint:
-    """A checkpoint to read from, verified unless it is already.
+def open_checkpoint(path: Path) -> Checkpoint:
+    """A checkpoint to read from. Its files are verified, the tensors in them as they are read.
 
     Raises:
-        CheckpointError: as `verify_directory`.
+        DamageError: a file is missing, truncated or changed.
     """
     manifest = read_manifest(path)
-    if not verified:
-        verify_files(path, manifest)
+    verify_files(path, manifest)
     return Checkpoint(path=path, manifest=manifest, state=json.loads((path / STATE).read_text()))
 
 
@@ -242,7 +290,7 @@ def read_directory(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """All tensors of a checkpoint, whole, in the host's memory; and its state.
 
     Raises:
-        CheckpointError: as `verify_directory`.
+        DamageError: as `verify_directory`.
     """
     checkpoint = open_checkpoint(path)
     return {name: checkpoint.read(name) for name in checkpoint.tensors}, dict(checkpoint.state)

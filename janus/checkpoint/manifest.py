@@ -10,13 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -29,16 +28,20 @@ class CheckpointError(ValueError):
     """A checkpoint that must not be used, or cannot be written; the message names the file and the reason."""
 
 
+class DamageError(CheckpointError):
+    """A checkpoint that is not as it was written, or none at all: the one before it may be whole."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class StoredFile:
     """A file's size and checksum.
 
     Attributes:
-        checksum: `crc32:` or `sha256:` and hexadecimal digits. The first is for damage, and quicker than a disk.
+        checksum: `crc32:` or `sha256:` and hexadecimal digits; None for a file whose pieces have one each.
     """
 
     bytes: int
-    checksum: str
+    checksum: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,15 +49,17 @@ class StoredPiece:
     """A block of a logical tensor.
 
     Attributes:
-        file, key: where it lies.
+        file, offset: where it lies, in bytes; row by row.
         start: of the block within the tensor, an index for each dimension.
         shape: of the block.
+        crc32: of its bytes, which finds damage faster than a disk reads; None in a file with a checksum.
     """
 
     file: str
-    key: str
+    offset: int
     start: tuple[int, ...]
     shape: tuple[int, ...]
+    crc32: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,11 +109,11 @@ def read_manifest(directory: Path) -> Manifest:
     """The manifest of a directory; an older format is brought up to date in memory.
 
     Raises:
-        CheckpointError: it is missing, damaged, or of a newer format.
+        DamageError: it is missing, damaged, or of a newer format.
     """
     path = directory / MANIFEST
     if not directory.is_dir():
-        raise CheckpointError(
+        raise DamageError(
             f"checkpoint {directory} is no directory: give one that training wrote, such as step_00001000"
         )
     try:
@@ -127,43 +132,40 @@ def read_manifest(directory: Path) -> Manifest:
         return _parse(content)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__} {error}" if isinstance(error, KeyError) else error
-        raise CheckpointError(f"checkpoint file {path} cannot be used: {reason}") from error
+        raise DamageError(f"checkpoint file {path} cannot be used: {reason}") from error
 
 
-def verify_files(directory: Path, manifest: Manifest, names: Iterable[str] | None = None) -> None:
-    """Compares files with the manifest.
-
-    Args:
-        names: some of them; None for all.
+def verify_files(directory: Path, manifest: Manifest) -> None:
+    """Compares the files with the manifest: sizes, and checksums of whole files. Pieces are verified as they are read.
 
     Raises:
-        CheckpointError: a file is missing, truncated or changed.
+        DamageError: a file is missing, truncated or changed.
     """
-    for name in manifest.files if names is None else names:
-        path, wanted = directory / name, manifest.files[name]
+    for name, wanted in manifest.files.items():
+        path = directory / name
         if not path.is_file():
-            raise CheckpointError(f"checkpoint file {path} is missing")
+            raise DamageError(f"checkpoint file {path} is missing")
+        if (size := path.stat().st_size) != wanted.bytes:
+            raise DamageError(f"checkpoint file {path} is damaged: it has {size} bytes and should have {wanted.bytes}")
+        if wanted.checksum is None:
+            continue
         kind = wanted.checksum.partition(":")[0]
         try:
             found = fingerprint(path, kind)
         except OSError as error:
-            raise CheckpointError(f"checkpoint file {path} cannot be read: {error}") from error
-        if found.bytes != wanted.bytes:
-            raise CheckpointError(
-                f"checkpoint file {path} is damaged: it has {found.bytes} bytes and should have {wanted.bytes}"
-            )
-        if found.checksum != wanted.checksum:
-            raise CheckpointError(f"checkpoint file {path} is damaged: its {kind} checksum is not the manifest's")
+            raise DamageError(f"checkpoint file {path} cannot be read: {error}") from error
+        if found != wanted:
+            raise DamageError(f"checkpoint file {path} is damaged: its {kind} checksum is not the manifest's")
 
 
 def fingerprint(path: Path, kind: str = "crc32") -> StoredFile:
     """Size and checksum of a file, as it is read.
 
     Raises:
-        CheckpointError: an unknown kind of checksum.
+        DamageError: an unknown kind of checksum.
     """
     if kind not in ("crc32", "sha256"):
-        raise CheckpointError(f"checkpoint file {path} has a checksum of kind {kind!r}: crc32 and sha256 are known")
+        raise DamageError(f"checkpoint file {path} has a checksum of kind {kind!r}: crc32 and sha256 are known")
     digest, crc, size = hashlib.sha256(), 0, 0
     buffer = bytearray(_BLOCK)
     with path.open("rb", buffering=0) as stream:
@@ -177,6 +179,41 @@ def fingerprint(path: Path, kind: str = "crc32") -> StoredFile:
     return StoredFile(bytes=size, checksum=f"{kind}:{crc:08x}" if kind == "crc32" else f"{kind}:{digest.hexdigest()}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class HeaderEntry:
+    """A tensor of a safetensors file: torch's name of its type, its shape, and where its bytes begin."""
+
+    dtype: str
+    shape: list[int]
+    offset: int
+
+
+def read_header(path: Path) -> dict[str, HeaderEntry]:
+    """What a safetensors file holds, by key.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length))
+        return {
+            key: HeaderEntry(
+                dtype=_SAFETENSORS_TYPES[entry["dtype"]],
+                shape=list(entry["shape"]),
+                offset=8 + length + int(entry["data_offsets"][0]),
+            )
+            for key, entry in header.items()
+            if key != "__metadata__"
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, MemoryError, OverflowError) as error:
+        raise ValueError(f"{path} is damaged: it has no header of a safetensors file") from error
+
+
+_SAFETENSORS_TYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16", "I64": "int64"}
+
+
 def _parse(content: Mapping[str, Any]) -> Manifest:
     files = {str(name): StoredFile(**entry) for name, entry in content["files"].items()}
     tensors = {
@@ -184,9 +221,7 @@ def _parse(content: Mapping[str, Any]) -> Manifest:
             dtype=getattr(torch, entry["dtype"]),
             shape=torch.Size(entry["shape"]),
             pieces=tuple(
-                StoredPiece(
-                    file=piece["file"], key=piece["key"], start=tuple(piece["start"]), shape=tuple(piece["shape"])
-                )
+                StoredPiece(**{**piece, "start": tuple(piece["start"]), "shape": tuple(piece["shape"])})
                 for piece in entry["pieces"]
             ),
         )
@@ -213,22 +248,14 @@ def _from_1(content: Mapping[str, Any], directory: Path) -> dict[str, Any]:
     if not (directory / name).is_file():
         raise ValueError(f"{directory / name} is missing")
     tensors = {}
-    try:
-        with safe_open(directory / name, framework="pt") as stored:
-            for key in stored.keys():  # noqa: SIM118 - no mapping
-                if key.startswith("optimizer/step/"):
-                    continue
-                part = stored.get_slice(key)
-                shape = part.get_shape()
-                piece = {"file": name, "key": key, "start": [0] * len(shape), "shape": shape}
-                dtype = _SAFETENSORS_TYPES[part.get_dtype()]
-                tensors[key] = {"dtype": dtype, "shape": shape, "pieces": [piece]}
-    except SafetensorError as error:
-        raise ValueError(f"{directory / name} is damaged: {error}") from error
+    for key, entry in read_header(directory / name).items():
+        if not key.startswith("optimizer/step/"):
+            start = [0] * len(entry.shape)
+            piece = {"file": name, "offset": entry.offset, "start": start, "shape": entry.shape, "crc32": None}
+            tensors[key] = {"dtype": entry.dtype, "shape": entry.shape, "pieces": [piece]}
     upgraded = {"format": _FORMAT, "format_version": FORMAT_VERSION, "files": files, "tensors": tensors}
     return {**upgraded, "crc32": _crc32_of(upgraded)}
 
 
-_SAFETENSORS_TYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16", "I64": "int64"}
 _UPGRADES = {1: _from_1}
 """By version: makes the content of the newest format out of it."""

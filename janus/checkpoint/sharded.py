@@ -68,10 +68,10 @@ def write_shards(
 
 @dataclass(frozen=True, kw_only=True)
 class _Written:
-    """What a rank says about its file."""
+    """What a rank says about a block."""
 
-    name: str
     file: StoredFile
+    piece: StoredPiece
 
 
 class _Planner(SavePlanner):
@@ -119,32 +119,29 @@ class _Storage(StorageWriter):
                 f"{staging}, which rank 0 made, is not here: all ranks must see the same directory, so choose one on a "
                 "shared file system"
             )
-        tensors = {_key(item.index): cast(Tensor, planner.resolve_data(item)) for item in plan.items}
         results: Future[list[WriteResult]] = Future()
-        if not tensors:
-            results.set_result([])
-            return results
-        written = _Written(name=self._name, file=write_tensors(staging / self._name, tensors))
-        results.set_result(
-            [
-                WriteResult(index=item.index, size_in_bytes=tensors[_key(item.index)].nbytes, storage_data=written)
-                for item in plan.items
-            ]
-        )
+        written: list[WriteResult] = []
+        if plan.items:
+            tensors = {_key(item.index): cast(Tensor, planner.resolve_data(item)) for item in plan.items}
+            starts = {_key(item.index): tuple(item.index.offset or ()) for item in plan.items}
+            file, pieces = write_tensors(staging / self._name, tensors, starts)
+            for item in plan.items:
+                key = _key(item.index)
+                stored = _Written(file=file, piece=pieces[key])
+                written.append(WriteResult(index=item.index, size_in_bytes=tensors[key].nbytes, storage_data=stored))
+        results.set_result(written)
         return results
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        places = {result.index: result.storage_data for of_rank in results for result in of_rank}
+        written: dict[MetadataIndex, _Written] = {
+            result.index: result.storage_data for of_rank in results for result in of_rank
+        }
         tensors = {}
         for name, stored in metadata.state_dict_metadata.items():
             assert isinstance(stored, TensorStorageMetadata)
-            pieces = []
-            for number, chunk in enumerate(stored.chunks):
-                index = MetadataIndex(name, chunk.offsets, number)
-                start, shape = tuple(chunk.offsets), tuple(chunk.sizes)
-                pieces.append(StoredPiece(file=places[index].name, key=_key(index), start=start, shape=shape))
-            tensors[name] = StoredTensor(dtype=stored.properties.dtype, shape=stored.size, pieces=tuple(pieces))
-        files = {written.name: written.file for written in places.values()}
+            pieces = tuple(written[MetadataIndex(name, chunk.offsets)].piece for chunk in stored.chunks)
+            tensors[name] = StoredTensor(dtype=stored.properties.dtype, shape=stored.size, pieces=pieces)
+        files = {entry.piece.file: entry.file for entry in written.values()}
         finish(self._path, Manifest(files=files, tensors=tensors), self._state)
 
     # Of the interface, and not called by a save ----------------------------------------------------------------------

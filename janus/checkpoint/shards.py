@@ -46,6 +46,11 @@ class Read:
     within: tuple[slice, ...]
     target: Tensor
 
+    def takes_as_it_is(self, dtype: torch.dtype) -> bool:
+        """Whether the target can be filled with the bytes of the piece, which are of this type."""
+        whole = self.target.shape == self.piece.shape
+        return whole and self.target.is_contiguous() and self.target.dtype == dtype and self.target.device.type == "cpu"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Shards:

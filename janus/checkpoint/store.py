@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -16,11 +16,13 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from janus.checkpoint.directory import DELETING, WRITING, Checkpoint, open_checkpoint, remove
-from janus.checkpoint.manifest import CheckpointError, read_manifest, verify_files
+from janus.checkpoint.manifest import CheckpointError, DamageError
 from janus.checkpoint.sharded import write_shards
 from janus.checkpoint.shards import Piece, Shards
 from janus.comm.collectives import gather_objects, on_main_rank
 from janus.mesh import Mesh
+
+T = TypeVar("T")
 
 
 class CheckpointStore:
@@ -140,13 +142,17 @@ class CheckpointStore:
 
     # Finding ---------------------------------------------------------------------------------------------------------
 
-    def latest(self, say: Callable[[str], None]) -> Checkpoint | None:
-        """The newest valid checkpoint, or None where there are none at all. Removes unfinished ones.
+    def latest(self, say: Callable[[str], None], use: Callable[[Checkpoint], None]) -> Checkpoint | None:
+        """Uses the newest checkpoint that is whole, and returns it; None where there are none at all.
 
-        A damaged one is passed over, with a line to `say`, and set aside under another name.
+        Unfinished ones are removed. A damaged one is passed over, with a line to `say`, and set aside under another
+        name.
+
+        Args:
+            use: reads it, and maybe finds damage.
 
         Raises:
-            CheckpointError: there are checkpoints, and all are damaged.
+            CheckpointError: there are checkpoints, and all are damaged; or that of `use`.
         """
         on_main_rank(lambda: self._tidy(say), self.mesh)
         steps = on_main_rank(self.steps, self.mesh)
@@ -154,7 +160,8 @@ class CheckpointStore:
         for path in map(self.path, reversed(steps)):
             try:
                 checkpoint = self.open(path)
-            except CheckpointError as error:
+                self.together(partial(use, checkpoint))
+            except DamageError as error:
                 faults[path] = str(error)
             else:
                 on_main_rank(partial(self._set_aside, faults, path, say), self.mesh)
@@ -167,21 +174,28 @@ class CheckpointStore:
         return None
 
     def open(self, path: Path) -> Checkpoint:
-        """A checkpoint, verified: each rank reads a part of its files, and all come to the same end.
+        """A checkpoint to read from.
 
         Raises:
-            CheckpointError: it is damaged, or none; on all ranks.
+            DamageError: it is damaged, or none; on all ranks.
         """
-        fault = None
+        return self.together(lambda: open_checkpoint(path))
+
+    def together(self, read: Callable[[], T]) -> T:
+        """Reads something on all ranks.
+
+        Raises:
+            DamageError: on all ranks, if one finds damage.
+        """
+        result, fault = None, None
         try:
-            manifest = read_manifest(path)
-            verify_files(path, manifest, sorted(manifest.files)[self.mesh.rank :: self.mesh.world_size])
-        except CheckpointError as error:
+            result = read()
+        except DamageError as error:
             fault = str(error)
         faults = [found for found in gather_objects(fault, self.mesh) if found is not None]
         if faults:
-            raise CheckpointError(faults[0])
-        return open_checkpoint(path, verified=True)
+            raise DamageError(faults[0])
+        return cast(T, result)
 
     def _tidy(self, say: Callable[[str], None]) -> None:
         for prefix, what in ((WRITING, "unfinished"), (DELETING, "half removed")):

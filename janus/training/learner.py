@@ -165,7 +165,10 @@ class Learner:
         """
         step = int(checkpoint.state["step"])
         names = {f"model/{name}": shape for name, shape in self.weights.shapes.items()}
-        for kind in ("ema", *(f"optimizer/{moment}" for moment in _MOMENTS if step > 0)):
+        # A model that was made a checkpoint to start from has no average yet: that begins with the weights.
+        averaged = step > 0 or any(name.startswith("ema/") for name in checkpoint.tensors)
+        later = ("ema", *(f"optimizer/{moment}" for moment in _MOMENTS if step > 0)) if averaged else ()
+        for kind in later:
             names |= {f"{kind}/{name}": self.weights.shapes[name] for name in self.parameters}
         found = {name: stored.shape for name, stored in checkpoint.tensors.items()}
         if names != found:
@@ -184,7 +187,8 @@ class Learner:
                     **{moment: torch.zeros_like(piece, requires_grad=False) for moment in _MOMENTS},
                 }
         for kind, held in self.held().items():
-            checkpoint.load({f"{kind}/{name}": shards for name, shards in self.weights.held_shards(held).items()})
+            source = "model" if kind == "ema" and not averaged else kind
+            checkpoint.load({f"{source}/{name}": shards for name, shards in self.weights.held_shards(held).items()})
         self.weights.changed()
 
     def _optimizer_state(self) -> dict[Tensor, dict[str, Tensor]]:

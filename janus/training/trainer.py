@@ -261,9 +261,37 @@ class Trainer:
         Raises:
             CheckpointError: the checkpoint is damaged or of another model, or there must be none.
         """
-        checkpoint = self._checkpoint()
-        if checkpoint is None:
+        wanted, steps = self.config.resume, on_main_rank(self.store.steps, self.mesh)
+        path = Path(wanted)
+        if wanted == "never":
+            if steps:
+                raise CheckpointError(
+                    f"{self.directory} holds checkpoints of a run already, and resume is `never`: "
+                    "choose another output directory, or resume with `auto`"
+                )
             return
+        elsewhere = wanted != "auto" and path.resolve().parent != self.store.directory.resolve()
+        if elsewhere and steps:
+            self._say(f"{self.directory} has checkpoints of its own: going on from them, and not from {path} again")
+        if wanted == "auto" or (elsewhere and steps):
+            self.restored = self.store.latest(self._say, self._take)
+            return
+        checkpoint = self.store.open(path)
+        if newer := [step for step in steps if step > int(checkpoint.state["step"])]:
+            raise CheckpointError(
+                f"resume is {path}, and there are newer checkpoints of the same run, up to {self.store.path(newer[-1])}"
+                ": move those away to go back, or resume with `auto` to go on from them"
+            )
+        self.store.together(lambda: self._take(checkpoint))
+        self.restored = checkpoint
+
+    def _take(self, checkpoint: Checkpoint) -> None:
+        """Restores the state in a checkpoint; sends nothing.
+
+        Raises:
+            CheckpointError: the checkpoint is of another model, or of other data.
+            DamageError: it is not as it was written; the state is then undefined.
+        """
         path, state = checkpoint.path, checkpoint.state
         changed = _changes(state["settings"], self.settings)
         if of_model := [change for name, change in changed.items() if name.startswith("model.")]:
@@ -279,9 +307,9 @@ class Trainer:
                 "structures and labels in the same order (a validation split also depends on training.seed and "
                 "data.valid_fraction), or another output directory"
             )
+        self.learner.restore(checkpoint)
         for change in changed.values():
             self._say(f"resuming with a changed setting: {change}")
-        self.learner.restore(checkpoint)
         # A checkpoint of another run says nothing about what lies in this directory.
         if state["best_step"] is not None and path.parent == self.store.directory:
             self.best_step, self.best_loss = int(state["best_step"]), float(state["best_loss"])
@@ -290,33 +318,6 @@ class Trainer:
             restore_rng(state["rng"][self.mesh.rank])
         elif state["rng"]:
             self._say(f"random states are of {len(state['rng'])} ranks, not {self.mesh.world_size}: not restored")
-        self.restored = checkpoint
-
-    def _checkpoint(self) -> Checkpoint | None:
-        """What the setting `resume` means here and now. All ranks call it."""
-        wanted, steps = self.config.resume, on_main_rank(self.store.steps, self.mesh)
-        if wanted == "auto":
-            return self.store.latest(self._say)
-        if wanted == "never":
-            if steps:
-                raise CheckpointError(
-                    f"{self.directory} holds checkpoints of a run already, and resume is `never`: "
-                    "choose another output directory, or resume with `auto`"
-                )
-            return None
-        path = Path(wanted)
-        checkpoint = self.store.open(path)
-        if path.resolve().parent != self.store.directory.resolve():
-            if not steps:
-                return checkpoint
-            self._say(f"{self.directory} has checkpoints of its own: going on from them, and not from {path} again")
-            return self.store.latest(self._say)
-        if newer := [step for step in steps if step > int(checkpoint.state["step"])]:
-            raise CheckpointError(
-                f"resume is {path}, and there are newer checkpoints of the same run, up to {self.store.path(newer[-1])}"
-                ": move those away to go back, or resume with `auto` to go on from them"
-            )
-        return checkpoint
 
     def _say(self, line: str) -> None:
         if self.mesh.is_main:

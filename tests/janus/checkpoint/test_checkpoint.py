@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from janus.checkpoint import (
+    Checkpoint,
     CheckpointError,
     CheckpointStore,
     capture_rng,
@@ -39,6 +40,11 @@ def save(store: CheckpointStore, step: int, best_step: int | None = None) -> Non
     store.save(
         step, {name: Shards.whole(value) for name, value in TENSORS.items()}, {"step": step}, best_step=best_step
     )
+
+
+def read_all(checkpoint: Checkpoint) -> None:
+    for name in checkpoint.tensors:
+        checkpoint.read(name)
 
 
 def assert_same(tensors: Mapping[str, Tensor]) -> None:
@@ -103,7 +109,7 @@ def damage(path: Path, how: str) -> None:
 
 DAMAGES = {
     "truncated": r"rank_00000.safetensors is damaged: it has \d+ bytes and should have \d+",
-    "changed": "rank_00000.safetensors is damaged: its crc32 checksum",
+    "changed": "rank_00000.safetensors is damaged: the crc32 checksum of the piece at byte",
     "missing": "rank_00000.safetensors is missing",
     "state": r"state.json is damaged: it has 2 bytes",
     "manifest": "manifest.json cannot be used: Expecting property name",
@@ -123,7 +129,7 @@ def test_damage_is_refused_and_resume_falls_back_with_a_line(tmp_path: Path, how
     with pytest.raises(CheckpointError, match=DAMAGES[how]):
         read_directory(store.path(20))
     said: list[str] = []
-    found = store.latest(said.append)
+    found = store.latest(said.append, read_all)
     assert found is not None
     assert found.path == store.path(10)
     (line,) = said
@@ -131,7 +137,7 @@ def test_damage_is_refused_and_resume_falls_back_with_a_line(tmp_path: Path, how
     assert store.steps() == [10]
     damage(store.path(10), how)
     with pytest.raises(CheckpointError, match="none of the 1 checkpoints"):
-        store.latest(said.append)
+        store.latest(said.append, read_all)
 
 
 def test_older_format(tmp_path: Path) -> None:
@@ -183,7 +189,7 @@ def test_crash_while_writing_leaves_the_old_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, background: bool
 ) -> None:
     store = CheckpointStore(tmp_path, background=background)
-    assert store.latest(print) is None
+    assert store.latest(print, read_all) is None
     save(store, 1)
     store.wait()
 
@@ -209,7 +215,7 @@ def test_the_rest_of_a_kill_is_removed(tmp_path: Path) -> None:
     for name in (".writing-step_00000002", ".deleting-step_00000000"):
         shutil.copytree(store.path(1), tmp_path / name)
     said: list[str] = []
-    found = store.latest(said.append)
+    found = store.latest(said.append, read_all)
     assert found is not None
     assert found.path == store.path(1)
     assert len(said) == 2
