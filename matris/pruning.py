@@ -50,7 +50,8 @@ def pruned(stored: StoredModel, elements: Iterable[int]) -> StoredModel:
         },
         predicts_magmoms=model.predicts_magmoms,
     )
-    return StoredModel(model=shell, like=shell.state_dict(), read=read, provenance=stored.provenance)
+    provenance = {**stored.provenance, "experts_kept_for": [SYMBOLS[number] for number in wanted]}
+    return StoredModel(model=shell, like=shell.state_dict(), read=read, provenance=provenance)
 
 
 def pruning_line(model: MatRIS, pruned: MatRIS) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from matris.config import AngularBasis, ModelConfig, NormType, Precision, RadialBasis
-from matris.exported import save_model
+from matris.exported import StoredModel, write_model
 from matris.model import MatRIS
 from matris.tensor_files import sha256_of
 
@@ -46,17 +46,23 @@ def convert_reference(source: Path, output: Path) -> None:
         ValueError: not such a checkpoint, a setting that has no counterpart, unknown or missing weights (by name).
         FileExistsError: `output` exists.
     """
-    config, state = read_reference(source)
-    model = model_from_reference(config, state, origin=str(source))
-    save_model(
-        model,
-        output,
-        provenance={
-            "converted_from": "reference package matris",
-            "source_file": source.name,
-            "source_sha256": sha256_of(source),
-        },
-    )
+    write_model(open_reference(source), output)
+
+
+def open_reference(source: Path) -> StoredModel:
+    """A checkpoint of the reference package as a model of ours, in memory.
+
+    Raises:
+        ValueError: as `convert_reference`.
+    """
+    model = model_from_reference(*read_reference(source), origin=str(source))
+    state = model.state_dict()
+    provenance = {
+        "converted_from": "reference package matris",
+        "source_file": source.name,
+        "source_sha256": sha256_of(source),
+    }
+    return StoredModel(model=model, like=state, read=state.__getitem__, provenance=provenance)
 
 
 def read_reference(source: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

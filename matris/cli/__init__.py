@@ -20,7 +20,10 @@ VERBS = {
     "train": ("matris.cli.train", "train or fine-tune a model"),
     "verify": ("matris.cli.verify", "whether layouts of ranks give the numbers of one process, on this machine"),
     "eval": ("matris.cli.evaluate", "errors of a model on labelled structures"),
-    "convert": ("matris.cli.convert", "a released MatRIS checkpoint into our model directory"),
+    "convert": (
+        "matris.cli.convert",
+        "weights from one format into another: models, checkpoints, reference package, Megatron",
+    ),
     "relax": ("matris.cli.relax", "relax a structure, with or without its cell"),
     "md": ("matris.cli.md", "molecular dynamics: NVE, NVT, NPT"),
     "info": ("matris.cli.info", "parameters, hyper-parameters, elements and provenance of a model"),

@@ -70,8 +70,13 @@ def test_verb(model: MatRIS, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     ("changes", "message"),
     [
         (["--elements", "Si,Xx"], "Xx"),
-        ([], "--elements belongs to --from model"),
-        (["--from", "reference", "--elements", "Si"], "--elements belongs to --from model"),
+        ([], "is a model already: say with --to"),
+        (["--from", "reference", "--elements", "Si"], "is a model, and should be a reference"),
+        (["--elements", "Si", "--to", "reference"], "cannot represent this model: it has experts"),
+        (["--elements", "Si", "--to", "moe"], "needs --experts and --topk"),
+        (["--elements", "Si", "--topk", "2"], "--topk: only with --to moe"),
+        (["--elements", "Si", "--weights", "raw"], "--weights belongs to a training checkpoint"),
+        (["--elements", "Si", "--like", "x"], "--like belongs to a Megatron checkpoint"),
     ],
 )
 def test_wrong_options(
@@ -85,7 +90,7 @@ def test_wrong_options(
         status = end.code
     assert status == 2
     assert message in capsys.readouterr().err
-    assert not (tmp_path / "new").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"whole"}
 
 
 def test_the_calculator_holds_the_experts_that_it_needs(model: MatRIS, tmp_path: Path) -> None:

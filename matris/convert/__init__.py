@@ -1,0 +1,1 @@
+"""Weights from one format into another: what `janus-matris convert` does."""
