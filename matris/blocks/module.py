@@ -21,6 +21,7 @@ from matris.config import ModelConfig, NormType
 # All imports of Megatron's modules are here, because the first one warns of optional packages that are not needed.
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", "Transformer Engine and Apex are not installed", UserWarning)
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor as ShardedTensor
     from megatron.core.model_parallel_config import ModelParallelConfig
     from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
     from megatron.core.transformer.module import MegatronModule as MegatronModule

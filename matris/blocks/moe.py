@@ -7,6 +7,7 @@ trajectory and the energy stays as smooth as each expert is.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from janus.expert_parallel.plan import ExpertPlan, expert_load, fixed_plan, plan
 from janus.ops.grouped import grouped_linear
 from janus.ops.segment import segment_sum
 from janus.ops.silu import silu
-from matris.blocks.module import MatRISConfig, MegatronModule, SplitModule, split_parameter
+from matris.blocks.module import MatRISConfig, MegatronModule, ShardedTensor, SplitModule, split_parameter
 
 
 class ElementRouter(MegatronModule):
@@ -71,6 +72,22 @@ class RoutedExperts(SplitModule):
         number_bytes = config.params_dtype.itemsize
         self.token_bytes = number_bytes * (in_features + 2 * width)
         self.expert_bytes = number_bytes * self.hidden * (2 * in_features + 2 * width)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> Any:
+        """Megatron's, with experts at home as parts of all of them."""
+        found = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if not self.has_homes:
+            return found
+        for name in ("inner", "core", "gate"):
+            key, value = f"{prefix}{name}", getattr(self, name)
+            found[key] = ShardedTensor.from_rank_offsets(
+                key,
+                value,
+                (0, self.axis.rank, self.axis.size),
+                (value.partition_dim, self.tensor.rank, self.tensor.size),
+                replica_id=(0, 0, self.config.mesh.expert_replicas.rank),
+            )
+        return found
 
     def forward(self, x: Tensor, element: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (T, in_features) and their Z - 1 (T,) to sums for core and gate, (T, width), partial over ranks."""

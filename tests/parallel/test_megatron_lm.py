@@ -28,9 +28,11 @@ from janus.mesh import Mesh
 from janus.sharding import Weights
 from janus.training.evaluation import evaluate
 from janus.training.step import accumulate_gradients
-from matris.config import LossConfig
+from matris.blocks.module import ExpertOptions
+from matris.config import LossConfig, Precision
 from matris.megatron import Job
 from matris.megatron_options import run_settings
+from matris.model import MatRIS
 from matris.setup import build_setup
 from matris.task import TERMS
 from tests.matris.megatron_arguments import parse_megatron
@@ -240,3 +242,32 @@ def test_gradients_of_experts(folder: Path, case: str) -> None:
     world_size, layout, given, ddp = WITH_EXPERTS[case]
     ranks = run_ranks(world_size, through_megatron, options(folder, *BATCH, *given, experts=True), ddp, layout=layout)
     compare(ranks, by_ourselves(options(folder, *BATCH, experts=True)))
+
+
+def experts_in_a_checkpoint(mesh: Mesh) -> dict[str, Any]:
+    """Place, whether it is the one that is written, and values of this rank's experts, by key."""
+    model = MatRIS(
+        replace(TINY, **EXPERTS), precision=Precision.fp64, seed=3, mesh=mesh, experts=ExpertOptions(placement="fixed")
+    )
+    found = {name: value for name, value in model.sharded_state_dict().items() if "experts" in name}
+    return {
+        name: (value.global_shape, value.global_offset, value.replica_id == (0, 0, 0), value.data.detach())
+        for name, value in found.items()
+        if ".router." not in name
+    }
+
+
+@pytest.mark.parametrize("layout", [{"expert": 2}, {"expert": 2, "tensor": 2}, {"expert": 2, "graph": 2}])
+def test_experts_in_a_checkpoint_are_parts_of_all(layout: dict[str, int]) -> None:
+    """So that another expert axis, or none, can read them."""
+    whole = MatRIS(replace(TINY, **EXPERTS), precision=Precision.fp64, seed=3).state_dict()
+    ranks = run_ranks(4 if len(layout) > 1 else 2, experts_in_a_checkpoint, layout=layout)
+    assert len(ranks[0]) == 6
+    for name in ranks[0]:
+        written = torch.zeros_like(whole[name])
+        for shape, offset, is_written, values in (rank[name] for rank in ranks):
+            assert shape == whole[name].shape
+            place = tuple(slice(start, start + size) for start, size in zip(offset, values.shape, strict=True))
+            torch.testing.assert_close(values, whole[name][place], rtol=0.0, atol=0.0)
+            written[place] += float(is_written)
+        assert bool((written == 1.0).all()), name
