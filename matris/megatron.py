@@ -11,6 +11,7 @@ import inspect
 import os
 import signal
 import sys
+import traceback
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -365,10 +366,16 @@ def main() -> int:
     try:
         return _train(find_loop())
     except (ValueError, OSError) as error:
-        if os.environ.get("JANUS_DEBUG", "0") not in ("", "0"):
+        if _is_of_megatron(error):  # needs its traceback
             raise
         print(f"python -m matris.megatron: error: {error}", file=sys.stderr)
         return 2
+
+
+def _is_of_megatron(error: BaseException) -> bool:
+    """Whether Megatron's own code raised it."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).startswith("megatron.")
 
 
 def _train(loop: Loop) -> int:

@@ -6,7 +6,6 @@ rate. Our settings of the same name (from defaults, a preset or a YAML file) are
 
 from __future__ import annotations
 
-import os
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
@@ -242,8 +241,9 @@ def _check_settings(config: TrainConfig) -> None:
 def _defaults(config: TrainConfig, known: Namespace) -> dict[str, Any]:
     """Defaults of Megatron's options."""
     data, optim, training, model = config.data, config.optim, config.training, config.model
-    replicas = known.tensor_model_parallel_size * known.context_parallel_size
-    replicas = max(1, int(os.environ.get("WORLD_SIZE", "1")) // replicas)
+    from janus.mesh import read_launch
+
+    replicas = max(1, read_launch().world_size // (known.tensor_model_parallel_size * known.context_parallel_size))
     structures = known.global_batch_size or data.structures_per_update or 1
     warmup = (training.train_iters or 0) // 20 if optim.lr_warmup_iters is None else optim.lr_warmup_iters
     ours = {

@@ -56,7 +56,8 @@ LEVELS = {
         ("matris.run_table", "matris.verify"),
         ("matris.run",),
         ("matris.cli",),
-        ("matris.__main__",),
+        ("matris.__main__", "matris.megatron_options"),
+        ("matris.megatron",),
     ),
 }
 RAW_DISTRIBUTED = ("janus/comm/", "janus/mesh.py", "janus/checkpoint/")
