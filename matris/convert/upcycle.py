@@ -87,7 +87,7 @@ def _weight(name: str, like: Tensor, read: _Read, hyper: ModelConfig, seed: int)
     if found is None:
         return read(name)
     site, of_experts, part = found.groups()
-    generator = torch.Generator().manual_seed((seed << 32) + zlib.crc32(name.encode()))
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     if of_experts is None:
         return _widened(part, read(name), like, hyper, generator)
     if part == "router.table":
