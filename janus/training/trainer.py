@@ -270,7 +270,7 @@ class Trainer:
                     "choose another output directory, or resume with `auto`"
                 )
             return
-        elsewhere = wanted != "auto" and path.resolve().parent != self.store.directory.resolve()
+        elsewhere = wanted != "auto" and not self._is_own(path)
         if elsewhere and steps:
             self._say(f"{self.directory} has checkpoints of its own: going on from them, and not from {path} again")
         if wanted == "auto" or (elsewhere and steps):
@@ -311,13 +311,17 @@ class Trainer:
         for change in changed.values():
             self._say(f"resuming with a changed setting: {change}")
         # A checkpoint of another run says nothing about what lies in this directory.
-        if state["best_step"] is not None and path.parent == self.store.directory:
+        if state["best_step"] is not None and self._is_own(path):
             self.best_step, self.best_loss = int(state["best_step"]), float(state["best_loss"])
         self.validation = state.get("validation")
         if len(state["rng"]) == self.mesh.world_size:
             restore_rng(state["rng"][self.mesh.rank])
         elif state["rng"]:
             self._say(f"random states are of {len(state['rng'])} ranks, not {self.mesh.world_size}: not restored")
+
+    def _is_own(self, path: Path) -> bool:
+        """Whether a checkpoint lies among those of this run."""
+        return path.resolve().parent == self.store.directory.resolve()
 
     def _say(self, line: str) -> None:
         if self.mesh.is_main:
