@@ -12,8 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -36,8 +35,8 @@ _SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "stop": signal.SIGST
 _HANG_MINUTES = 0.15
 _STOPPED = 143
 _LOST = (
-    r"error: (ranks? [\d, ]+ (died or stopped|has died|did not come|failed)|rank \d+: .*did not meet|no rank came|"
-    r"the connection)"
+    r"error: (ranks? [\d, ]+ (died or stopped|has died|has stopped|did not come|failed)|rank \d+: .*did not meet|"
+    r"no rank came|the connection)"
 )
 _FULL = r"error: .*(No space left|File too large|os error 2[78]|code: 2[78])"
 _READ_ONLY = r"error: .*(Read-only file system|Permission denied|os error (13|30)|code: (13|30))"
@@ -650,7 +649,9 @@ def _hurt(file: Path, damage: Damage) -> None:
         file.unlink()
         return
     if damage.how == "flip":
-        content[int(damage.part * len(content))] ^= 0x10
+        # The header of a safetensors file is not read: the manifest says where everything is.
+        begin = 8 + int.from_bytes(content[:8], "little") if file.suffix == ".safetensors" else 0
+        content[begin + int(damage.part * (len(content) - begin))] ^= 0x10
     else:
         del content[int(damage.part * len(content)) if damage.how == "truncate" else 0 :]
     file.write_bytes(content)
@@ -665,8 +666,7 @@ def _says_fallback(text: str, file: str) -> bool:
 def _content(output: Path) -> dict[str, bytes]:
     return {
         path.relative_to(output).as_posix(): path.read_bytes()
-        for path in sorted((output / "checkpoints").rglob("*"))
-        if path.is_file()
+        for path in sorted((output / "checkpoints").glob("step_*/*"))
     }
 
 

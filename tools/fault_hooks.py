@@ -19,7 +19,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -328,10 +328,19 @@ def _hides_a_failed_save() -> None:
 
 
 def _skips_the_checks() -> None:
-    """Damage is not looked for."""
-    from janus.checkpoint import store
+    """Damage is not looked for in files of the right size."""
+    from janus.checkpoint import directory, manifest
 
-    store.verify_files = lambda *_, **__: None
+    def read_manifest(path: Path) -> manifest.Manifest:
+        found = original(path)
+        tensors = {
+            name: replace(tensor, pieces=tuple(replace(piece, crc32=None) for piece in tensor.pieces))
+            for name, tensor in found.tensors.items()
+        }
+        return replace(found, tensors=tensors)
+
+    original = directory.read_manifest
+    directory.read_manifest = read_manifest
 
 
 BREAKAGES: dict[str, Callable[[], None]] = {

@@ -23,6 +23,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before the import of torch: ranks are forked
@@ -76,7 +77,7 @@ def main() -> int:
     print(f"read-only: {means}", flush=True)
     with _folder() as base:
         results = []
-        cases = {seed: _broken(case_of(seed), options.breakage) for seed in seeds}
+        cases = {seed: replace(case_of(seed), breakage=options.breakage) for seed in seeds}
         for result in run_cases(cases, base, jobs=options.jobs):
             results.append(result)
             _show(result, base)
@@ -99,12 +100,6 @@ def _folder() -> Iterator[Path]:
             print(f"kept: {base / 'cases'}")
         else:
             shutil.rmtree(base)
-
-
-def _broken(case: Case, breakage: str) -> Case:
-    from dataclasses import replace
-
-    return replace(case, breakage=breakage)
 
 
 def _show(result: Result, base: Path) -> None:
