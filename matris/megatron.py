@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -24,12 +25,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import janus
+from janus.comm.collectives import on_main_rank
 from janus.data.loader import StepLoader
 from janus.data.packing import plan_micro_batches
 from janus.data.sampler import Sampler
 from janus.mesh import Mesh, open_mesh
 from janus.ops.fused import compile_kernels
-from janus.sharding.logical import EXPERT_ATTRIBUTE
+from janus.sharding.logical import EXPERT_ATTRIBUTE, split_of, whole_of
 from matris.blocks.module import MatRISConfig
 from matris.data.dataset import MicroBatch, StructureDataset, graph_budget, label_totals
 from matris.evaluation import collate_for
@@ -266,6 +269,8 @@ class Job:
                 parameter.allreduce = False  # its gradient is summed over the ranks that have the same experts
         model.pg_collection = pg_collection
         model.set_input_tensor = _has_no_input_tensor
+        if arguments.save is not None:
+            self._describe(Path(arguments.save) / "model")
         return model
 
     def build_datasets(self, num_samples: Any, vp_stage: int | None = None) -> tuple[Iterator[Part] | None, ...]:
@@ -302,6 +307,16 @@ class Job:
             return output, torch.ones((), dtype=torch.int, device=output.device), reported
 
         return scaled, read
+
+    def _describe(self, directory: Path) -> None:
+        """The model before its training, which says what Megatron's checkpoints do not: hyper-parameters, elements."""
+        if not on_main_rank(lambda: not directory.exists(), self._mesh):
+            return
+        task = self.subject.task
+        splits = {name: split_of(parameter) for name, parameter in task.model.named_parameters()}
+        state = {name: whole_of(value, splits.get(name), self._mesh) for name, value in task.model.state_dict().items()}
+        provenance = {"janus_matris": janus.__version__, "torch": torch.__version__, "step": 0}
+        on_main_rank(lambda: task.export(directory, state, provenance), self._mesh)
 
     def _evaluation_parts(self, dataset: StructureDataset | None) -> Iterator[Part] | None:
         """The set once in each evaluation."""

@@ -70,11 +70,13 @@ _FIXED = {
     "exit_signal_handler": True,
     "gradient_accumulation_fusion": False,
     "masked_softmax_fusion": False,
+    "no_load_rng": True,
     "tokenizer_type": "NullTokenizer",
     "transformer_impl": "local",
     "vocab_size": 1,
 }
-"""Defaults for what belongs to language models; and a checkpoint when a scheduler ends the job."""
+"""Defaults for what belongs to language models; a checkpoint when a scheduler ends the job; and no states of generators
+that nothing draws from, for they are those of one layout."""
 
 REFUSALS = (
     Refusal(name="pipeline_model_parallel_size", allowed=(1,), reason=_ONE_STAGE),

@@ -24,7 +24,7 @@ _NUMBERS = {
     "seed": 1234,
 }
 _SWITCHES = ("fp16", "bf16", "overlap-grad-reduce", "use-torch-fsdp2", "calculate-per-token-loss", "skip-train")
-_TEXTS = {"recompute-granularity": None, "dataloader-type": None, "optimizer": "adam"}
+_TEXTS = {"recompute-granularity": None, "dataloader-type": None, "optimizer": "adam", "save": None}
 
 
 def megatron_parser() -> ArgumentParser:

@@ -29,12 +29,14 @@ from janus.sharding import Weights
 from janus.training.evaluation import evaluate
 from janus.training.step import accumulate_gradients
 from matris.blocks.module import ExpertOptions
-from matris.config import LossConfig, Precision
+from matris.config import Precision
+from matris.exported import load_model
 from matris.megatron import Job
 from matris.megatron_options import run_settings
 from matris.model import MatRIS
 from matris.setup import build_setup
 from matris.task import TERMS
+from matris.train_config import TrainConfig
 from tests.matris.megatron_arguments import parse_megatron
 from tests.matris.train.labelled import TINY, write_files
 from tests.parallel.ranks import run_ranks
@@ -140,8 +142,8 @@ def summed(reports: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {name: torch.stack([report[name] for report in reports]).sum(dim=0) for name in TERMS}
 
 
-def by_ourselves(given: list[str]) -> dict[str, Any]:
-    """The same on one process, with the pieces of our own step."""
+def on_one_process(given: list[str]) -> TrainConfig:
+    """The settings without ranks, fp64."""
     config = run_settings(parse_megatron(given))
     parallel = replace(
         config.parallel,
@@ -150,10 +152,13 @@ def by_ourselves(given: list[str]) -> dict[str, Any]:
         expert_model_parallel_size=1,
         expert_placement="sharded",
     )
-    config = replace(config, parallel=parallel, training=replace(config.training, precision="fp64"))
-    assert isinstance(config.loss, LossConfig)
+    return replace(config, parallel=parallel, training=replace(config.training, precision="fp64"))
+
+
+def by_ourselves(given: list[str]) -> dict[str, Any]:
+    """The same on one process, with the pieces of our own step."""
     mesh = Mesh()
-    setup = build_setup(config, mesh)
+    setup = build_setup(on_one_process(given), mesh)
     gradients, losses = [], []
     for batch in setup.train.batches(0):
         setup.learner.zero_gradients()
@@ -242,6 +247,25 @@ def test_gradients_of_experts(folder: Path, case: str) -> None:
     world_size, layout, given, ddp = WITH_EXPERTS[case]
     ranks = run_ranks(world_size, through_megatron, options(folder, *BATCH, *given, experts=True), ddp, layout=layout)
     compare(ranks, by_ourselves(options(folder, *BATCH, experts=True)))
+
+
+def test_the_model_is_described_beside_the_checkpoints(folder: Path) -> None:
+    """Whole, from ranks that share experts and matrix products."""
+    given = ["--expert-model-parallel-size", "2", "--tensor-model-parallel-size", "2", "--save", str(folder / "save")]
+    arguments = options(folder, *BATCH, *given, experts=True)
+    run_ranks(4, build_only, arguments, layout={"expert": 2, "tensor": 2})
+    found = load_model(folder / "save" / "model", precision=Precision.fp64)
+    expected = build_setup(on_one_process(arguments), Mesh()).model
+    assert found.elements == expected.elements
+    for name, value in expected.state_dict().items():
+        torch.testing.assert_close(found.state_dict()[name], value, rtol=1e-12, atol=0.0, msg=name)
+
+
+def build_only(mesh: Mesh, given: list[str]) -> None:
+    arguments = parse_megatron(given)
+    setattr(arguments, "training.precision", ["fp64"])
+    with ExitStack() as stack:
+        Job(lambda: arguments, stack).build_model()
 
 
 def experts_in_a_checkpoint(mesh: Mesh) -> dict[str, Any]:
