@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from tools.fault_hooks import Act, Moment, Plan, make_read_only, valid_steps
+from tools.fault_hooks import SIGNALS, Act, Moment, Plan, make_read_only, valid_steps
 from tools.fault_runs import (
     KEEP_LAST,
     LAYOUTS,
@@ -31,7 +31,6 @@ from tools.fault_runs import (
     write_plan,
 )
 
-_SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "stop": signal.SIGSTOP}
 _HANG_MINUTES = 0.15
 _STOPPED = 143
 _LOST = (
@@ -68,7 +67,7 @@ class Strike:
 
     @property
     def is_signal(self) -> bool:
-        return self.act in _SIGNALS
+        return self.act in SIGNALS
 
     def __str__(self) -> str:
         who = ("all ranks" if self.everyone else f"rank {self.rank}") if self.is_signal else "disk"
@@ -196,7 +195,8 @@ def _same(family: str, layout: str, *acts: Strike | Damage | Refusal | Torchrun)
 def _signal_at(act: Act, family: str, places: Sequence[str]) -> Callable[[random.Random], Case]:
     def case(rng: random.Random) -> Case:
         layout = _layout(rng)
-        return _same(family, layout, _strike(rng, act, places, layout, everyone=rng.random() < 0.5))
+        number: Act = "usr1" if act == "term" and rng.random() < 0.25 else act
+        return _same(family, layout, _strike(rng, number, places, layout, everyone=rng.random() < 0.5))
 
     return case
 
@@ -278,6 +278,10 @@ def _read_only(rng: random.Random) -> Case:
 
 def _hang(rng: random.Random) -> Case:
     layout = _layout(rng, "dp2", "fsdp2", "tp2", "moe-ep2")
+    if rng.random() < 0.25:
+        place = rng.choice(("search", "restore"))
+        strike = Strike(act="stop", place=place, call=1, after=rng.random() < 0.5, rank=rng.randrange(2))
+        return _same("hanging rank", layout, _INTERRUPTED, strike)
     return _same("hanging rank", layout, _strike(rng, "stop", (*_COMPUTING, "save", "shard", "export"), layout))
 
 
@@ -452,7 +456,7 @@ class _Run:
             ranks = range(self.layout.ranks) if strike.everyone else [strike.rank]
             delay = strike.part * self.reference.seconds
             self.told.append(f"{strike} ({delay:.2f} s)")
-            number = _SIGNALS[act]
+            number = SIGNALS[act]
             launched = self._launch(self._plan(), delayed=dict.fromkeys(ranks, number), delay=delay)
         else:
             call = strike.call or 1 + int(strike.part * self.reference.calls(strike.place, strike.rank))
@@ -621,7 +625,7 @@ def _strike_problems(strike: Strike, launched: Launched, output: Path) -> Iterat
         elif strike.act not in ("fill", "limit"):
             yield f"{ended}, and nothing could be written"
         return
-    if strike.act == "term" and all(status in (0, _STOPPED) for status in statuses):
+    if strike.act in ("term", "usr1") and all(status in (0, _STOPPED) for status in statuses):
         if len(set(statuses)) > 1 and not loose:
             yield f"{ended}, and have to be the same"
         if _STOPPED in statuses and "stopped after step" not in text:
@@ -631,7 +635,7 @@ def _strike_problems(strike: Strike, launched: Launched, output: Path) -> Iterat
             if f"step {last}/" not in text:
                 yield f"{ended}"
         return
-    number = -int(_SIGNALS[strike.act]) if strike.act != "stop" else -int(signal.SIGKILL)
+    number = -int(SIGNALS[strike.act]) if strike.act != "stop" else -int(signal.SIGKILL)
     hit = [statuses[rank] for rank in victims]
     if not loose and (number not in hit or not set(hit) <= {number, 0, 1, 2}):
         yield f"{ended}, and {number} was to be expected"

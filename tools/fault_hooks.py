@@ -23,10 +23,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-Act = Literal["kill", "term", "stop", "fill", "limit", "bind", "mode", "refuse"]
-"""`kill`, `term`, `stop`: SIGKILL, SIGTERM, SIGSTOP. A full disk: `fill` the small file system that the run is on, or
+Act = Literal["kill", "term", "usr1", "stop", "fill", "limit", "bind", "mode", "refuse"]
+"""`kill`, `term`, `usr1`, `stop`: SIGKILL and so on. A full disk: `fill` the small file system that the run is on, or
 `limit` the size of files. Read-only checkpoints: a `bind` mount, the `mode` of the directory, or an error in place of
 each operation (`refuse`)."""
+SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "usr1": signal.SIGUSR1, "stop": signal.SIGSTOP}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,11 +166,10 @@ class Hooks:
 
     def _act(self) -> None:
         act, checkpoints = self.plan.act, self.plan.output / "checkpoints"
-        if act in ("kill", "term", "stop"):
-            number = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "stop": signal.SIGSTOP}[act]
+        if act in SIGNALS:
             others = [pid for pid in self._pids() if pid != os.getpid()] if self.plan.everyone else []
             for pid in (*others, os.getpid()):
-                os.kill(pid, number)
+                os.kill(pid, SIGNALS[act])
         elif act == "fill":
             fill(self.plan.output / "ballast", self.plan.room)
         elif act == "limit":

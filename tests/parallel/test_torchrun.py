@@ -9,11 +9,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
+from janus.mesh import Launch, _store_of_attempt
 from tests.matris.train.labelled import write_files
 
 PATIENCE = 180.0
@@ -40,6 +45,22 @@ def torchrun(folder: Path, *words: str) -> Iterator[subprocess.Popen[bytes]]:
 def ranks_of(pid: int) -> list[int]:
     """Its child processes; torchrun's are the ranks, in order."""
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.parametrize("listens", [False, True], ids=["nothing listens there", "another listens there"])
+def test_a_restarted_launch_does_not_meet_where_the_one_before_it_met(listens: bool) -> None:
+    """The launcher's store is the same for both, and still says where that was."""
+    limit = timedelta(seconds=PATIENCE)
+    launcher = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    before = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    before.set("janus/store_of_attempt", "another")
+    launcher.set("janus/store_of_attempt", f"{before.port if listens else 1} word")
+    launch = Launch(launcher="torchrun", world_size=2, port=launcher.port, outlives_ranks=True)
+    with ThreadPoolExecutor(2) as pool:
+        last = pool.submit(_store_of_attempt, replace(launch, rank=1), limit)
+        first = pool.submit(_store_of_attempt, launch, limit)
+        first.result().set("from", "rank 0")
+        assert last.result().get("from") == b"rank 0"
 
 
 @pytest.mark.slow
