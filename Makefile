@@ -1,22 +1,27 @@
 # make pretrain   train on the embedded demo set, two processes        make test    the tests
 # make lint       style                                                make types   static types
+# make faults     trainings that are killed, damaged and starved, and must go on: half an hour on two cores
 #
 # Variables: PYTHON (the interpreter that makes .venv), TORCH_INDEX (index of torch builds: the default one brings
-# CUDA libraries of several gigabytes; https://download.pytorch.org/whl/cpu has none), PYTEST_ARGS.
+# CUDA libraries of several gigabytes; https://download.pytorch.org/whl/cpu has none), PYTEST_ARGS, FAULTS_ARGS.
 
 PYTHON ?= python3
 TORCH_INDEX ?=
 PYTEST_ARGS ?= -q -n 2
+FAULTS_ARGS ?= --jobs 2
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install pretrain test lint types clean
+.PHONY: install pretrain test faults lint types clean
 
 pretrain: $(INSTALLED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/pretrain_matris.sh
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+faults: $(INSTALLED)
+	$(BIN)/python -m tools.faults $(FAULTS_ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
