@@ -32,6 +32,12 @@ class ExponentialMovingAverage:
         decay = min(self.decay, (1 + num_updates) / (10 + num_updates))
         torch._foreach_lerp_(list(self.average.values()), list(self._parameters.values()), 1.0 - decay)
 
+    @torch.no_grad()
+    def restart(self) -> None:
+        """The averages are the parameters as they are now."""
+        for name, value in self.average.items():
+            value.copy_(self._parameters[name])
+
     @contextmanager
     def applied(self) -> Iterator[None]:
         """The parameters have the averaged values inside of the block, and their own again afterwards."""

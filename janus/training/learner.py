@@ -158,7 +158,8 @@ class Learner:
         }
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Takes the state of a checkpoint, whichever layout has written it. Sends nothing.
+        """Takes the state of a checkpoint, whichever layout has written it. One of no updates may lack averages, which
+        then begin with its weights. Sends nothing.
 
         Raises:
             CheckpointError: names or shapes are not those of this model.

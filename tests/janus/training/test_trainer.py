@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from janus.checkpoint import CheckpointError, read_directory
+from janus.checkpoint import CheckpointError, read_directory, write_directory
 from janus.mesh import Mesh
 from janus.optim import AdamWConfig, Schedule
 from janus.telemetry.csv_log import read_csv
@@ -254,6 +254,18 @@ def test_the_same_command_goes_on_from_its_own_checkpoints(tmp_path: Path, capsy
     assert run(tmp_path / "other", steps=8, resume=base).step == 8
     assert "going on from them" in capsys.readouterr().out
     assert read_csv(tmp_path / "other" / "log.csv")[-1]["step"] == 8
+
+
+def test_weights_alone_are_a_start(tmp_path: Path) -> None:
+    """A checkpoint of no updates without averages, as a converter writes it."""
+    weights = {f"model/{name}": value for name, value in ToyTask(3).model.state_dict().items()}
+    state = {"step": 0, "best_step": None, "best_loss": None, "settings": {"model": {"width": 8}}, "rng": []}
+    write_directory(tmp_path / "start", weights.items(), state)
+    run(tmp_path / "started", seed=0, resume=str(tmp_path / "start"))
+    run(tmp_path / "same", seed=3)
+    run(tmp_path / "other", seed=0)
+    first = {name: read_csv(tmp_path / name / "log.csv")[0]["valid_loss"] for name in ("started", "same", "other")}
+    assert first["started"] == first["same"] != first["other"]  # of the averages, before any update
 
 
 def test_going_back_is_refused_while_there_is_newer(tmp_path: Path) -> None:
