@@ -39,6 +39,7 @@ _LOST = (
 )
 _FULL = r"error: .*(No space left|File too large|os error 2[78]|code: 2[78])"
 _READ_ONLY = r"error: .*(Read-only file system|Permission denied|os error (13|30)|code: (13|30))"
+Hurt = Literal["truncate", "flip", "empty", "delete", "remove"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +89,7 @@ class Damage:
         everything: all checkpoints.
     """
 
-    how: Literal["truncate", "flip", "empty", "delete", "remove"]
+    how: Hurt
     part: float = 0.0
     kind: str = ""
     everything: bool = False
@@ -227,7 +228,7 @@ def _twice(rng: random.Random) -> Case:
 
 
 def _damage(rng: random.Random) -> Damage:
-    how = rng.choice(("truncate", "flip", "empty", "delete"))
+    how: Hurt = rng.choice(("truncate", "flip", "empty", "delete"))
     return Damage(how=how, part=rng.random(), kind=rng.choice(("", "", "safetensors", "json")))
 
 
