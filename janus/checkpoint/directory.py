@@ -30,7 +30,7 @@ from janus.checkpoint.manifest import (
     read_manifest,
     verify_files,
 )
-from janus.checkpoint.shards import Read, Shards
+from janus.checkpoint.shards import Piece, Read, Shards
 
 WRITING, DELETING = ".writing-", ".deleting-"
 """Prefixes of directories that are not finished, or not wanted; whoever finds one may delete it."""
@@ -60,11 +60,12 @@ def write_directory(path: Path, tensors: Iterable[tuple[str, Tensor]], state: Ma
         files: dict[str, StoredFile] = {}
         index: dict[str, StoredTensor] = {}
         for number, group in enumerate(_groups(tensors)):
-            name = f"tensors_{number:05d}.safetensors"
-            starts = {key: (0,) * value.ndim for key, value in group.items()}
-            files[name], pieces = write_tensors(staging / name, group, starts)
-            for key, value in group.items():
-                index[key] = StoredTensor(dtype=value.dtype, shape=value.shape, pieces=(pieces[key],))
+            pieces = [(name, piece) for name, value in group.items() for piece in Shards.whole(value).cut().pieces]
+            file = staging / f"tensors_{number:05d}.safetensors"
+            files[file.name], stored = write_pieces(file, pieces)
+            for name, value in group.items():
+                own = tuple(place for (key, _), place in zip(pieces, stored, strict=True) if key == name)
+                index[name] = StoredTensor(dtype=value.dtype, shape=value.shape, pieces=own)
         finish(path, Manifest(files=files, tensors=index), state)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
@@ -99,29 +100,28 @@ def staging_of(path: Path) -> Path:
     return path.with_name(WRITING + path.name)
 
 
-def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], starts: Mapping[str, tuple[int, ...]]
-) -> tuple[StoredFile, dict[str, StoredPiece]]:
+def write_pieces(path: Path, pieces: Sequence[tuple[str, Piece]]) -> tuple[StoredFile, list[StoredPiece]]:
     """Writes blocks of tensors, in the host's memory, to a file that survives a power cut.
 
     Args:
-        starts: of each block within its tensor.
+        pieces: each with the name of its tensor.
 
     Returns:
-        The file and the blocks in it.
+        The file, and where in it each block lies.
     """
-    with ThreadPoolExecutor(1) as pool:
-        sums = pool.submit(lambda: {key: zlib.crc32(_bytes(value)) for key, value in tensors.items()})
-        save_file(dict(tensors), path)
+    tensors = {f"{name}@{','.join(map(str, piece.start))}": piece.values.contiguous() for name, piece in pieces}
+    with ThreadPoolExecutor(1) as pool:  # what the disk waits for least
+        sums = pool.submit(lambda: [zlib.crc32(_bytes(value)) for value in tensors.values()])
+        save_file(tensors, path)
         flush(path)
         header = read_header(path)
-        pieces = {
-            key: StoredPiece(
-                file=path.name, offset=header[key].offset, start=starts[key], shape=tuple(value.shape), crc32=crc32
+        stored = [
+            StoredPiece(
+                file=path.name, offset=header[key].offset, start=piece.start, shape=tuple(piece.values.shape), crc32=crc
             )
-            for (key, value), crc32 in zip(tensors.items(), sums.result().values(), strict=True)
-        }
-    return StoredFile(bytes=path.stat().st_size), pieces
+            for key, (_, piece), crc in zip(tensors, pieces, sums.result(), strict=True)
+        ]
+    return StoredFile(bytes=path.stat().st_size), stored
 
 
 def _bytes(value: Tensor) -> memoryview:
@@ -218,12 +218,11 @@ class Checkpoint:
                 raise CheckpointError(
                     f"checkpoint {self.path}: tensor {name} is {found}, and should have shape {tuple(wanted.shape)}"
                 )
-        jobs: dict[tuple[str, int], tuple[StoredPiece, torch.dtype, list[Read]]] = {}
+        jobs: dict[StoredPiece, tuple[StoredPiece, torch.dtype, list[Read]]] = {}
         for name, wanted in shards.items():
             stored = self.tensors[name]
             for read in wanted.reads(name, stored):
-                place = read.piece.file, read.piece.offset
-                jobs.setdefault(place, (read.piece, stored.dtype, []))[2].append(read)
+                jobs.setdefault(read.piece, (read.piece, stored.dtype, []))[2].append(read)
         with ThreadPoolExecutor(_THREADS) as pool:
             for _ in pool.map(lambda job: self._read(*job), jobs.values()):
                 pass

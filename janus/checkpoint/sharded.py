@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint import CheckpointException, SavePlan, SavePlanner, StorageWriter
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
@@ -26,9 +25,9 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from janus.checkpoint.directory import begin, finish, staging_of, write_tensors
+from janus.checkpoint.directory import begin, finish, staging_of, write_pieces
 from janus.checkpoint.manifest import CheckpointError, Manifest, StoredFile, StoredPiece, StoredTensor
-from janus.checkpoint.shards import Shards
+from janus.checkpoint.shards import Piece, Shards
 
 # A run of one process is meant.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -80,14 +79,14 @@ class _Planner(SavePlanner):
     def set_up_planner(
         self, state_dict: dict[str, Any], storage_meta: StorageMeta | None = None, is_coordinator: bool = False
     ) -> None:
-        self._items, self._values = [], {}
+        self._items, self._pieces = [], {}
         for name, held in state_dict[_ALL].items():
             for piece in held.pieces:
                 index = MetadataIndex(name, piece.start)
                 properties = TensorProperties(dtype=piece.values.dtype)
                 data = TensorWriteData(chunk=piece.chunk, properties=properties, size=held.shape)
                 self._items.append(WriteItem(index=index, type=WriteItemType.SHARD, tensor_data=data))
-                self._values[index] = piece.values
+                self._pieces[index] = piece
 
     def create_local_plan(self) -> SavePlan:
         return SavePlan(self._items)
@@ -98,8 +97,8 @@ class _Planner(SavePlanner):
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
         return new_plan
 
-    def resolve_data(self, write_item: WriteItem) -> Tensor:
-        return self._values[write_item.index]
+    def resolve_data(self, write_item: WriteItem) -> Any:
+        return self._pieces[write_item.index]
 
 
 class _Storage(StorageWriter):
@@ -122,13 +121,11 @@ class _Storage(StorageWriter):
         results: Future[list[WriteResult]] = Future()
         written: list[WriteResult] = []
         if plan.items:
-            tensors = {_key(item.index): cast(Tensor, planner.resolve_data(item)) for item in plan.items}
-            starts = {_key(item.index): tuple(item.index.offset or ()) for item in plan.items}
-            file, pieces = write_tensors(staging / self._name, tensors, starts)
-            for item in plan.items:
-                key = _key(item.index)
-                stored = _Written(file=file, piece=pieces[key])
-                written.append(WriteResult(index=item.index, size_in_bytes=tensors[key].nbytes, storage_data=stored))
+            pieces = [(item.index.fqn, cast(Piece, planner.resolve_data(item))) for item in plan.items]
+            file, stored = write_pieces(staging / self._name, pieces)
+            for item, (_, piece), place in zip(plan.items, pieces, stored, strict=True):
+                told = _Written(file=file, piece=place)
+                written.append(WriteResult(index=item.index, size_in_bytes=piece.values.nbytes, storage_data=told))
         results.set_result(written)
         return results
 
@@ -158,8 +155,3 @@ class _Storage(StorageWriter):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> NoReturn:
         raise NotImplementedError("the path is an argument of write_shards")
-
-
-def _key(index: MetadataIndex) -> str:
-    """Of a block within its file."""
-    return f"{index.fqn}@{','.join(map(str, index.offset or ()))}"

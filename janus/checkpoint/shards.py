@@ -13,6 +13,9 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from janus.checkpoint.manifest import StoredPiece, StoredTensor
 
+_PIECE = 1 << 24
+"""Elements of a stored piece, at most."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
@@ -25,6 +28,14 @@ class Piece:
 
     start: tuple[int, ...]
     values: Tensor
+
+    def cut(self, limit: int) -> Iterator[Piece]:
+        """The same elements in pieces of at most `limit`, which are views."""
+        for first in range(0, self.values.numel(), limit):
+            for start, size in blocks(tuple(self.values.shape), first, min(first + limit, self.values.numel())):
+                ends = zip(start, size, strict=True)
+                values = self.values[tuple(slice(begin, begin + length) for begin, length in ends)]
+                yield Piece(start=tuple(a + b for a, b in zip(self.start, start, strict=True)), values=values)
 
     @property
     def chunk(self) -> ChunkStorageMetadata:
@@ -68,6 +79,10 @@ class Shards:
     def whole(value: Tensor) -> Shards:
         """Of a rank that holds all of a tensor."""
         return Shards(shape=value.shape, pieces=(Piece(start=(0,) * value.ndim, values=value),))
+
+    def cut(self) -> Shards:
+        """The same in pieces none of which is large: whoever needs a part of one reads it whole, to verify it."""
+        return Shards(shape=self.shape, pieces=tuple(part for piece in self.pieces for part in piece.cut(_PIECE)))
 
     def reads(self, name: str, stored: StoredTensor) -> Iterator[Read]:
         """What has to be read to fill all pieces with what is stored."""

@@ -84,7 +84,7 @@ class CheckpointStore:
         if self._group is None and self.mesh.world_size > 1:
             # Its own group: collectives of this thread and of the training's must not meet in one.
             self._group = dist.new_group(backend="gloo", group_desc="janus_checkpoint")
-        copies = {name: self._copied(name, held) for name, held in shards.items()}
+        copies = {name: self._copied(name, held.cut()) for name, held in shards.items()}
         if self.mesh.device.type == "cuda":
             torch.cuda.synchronize(self.mesh.device)
         self._thread = threading.Thread(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,24 +37,44 @@ class RunLog:
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        self._directory = directory
         self._wandb = _start_wandb(wandb_project, directory, config) if wandb_project else None
-        self._csv = CsvLog(directory / "log.csv", columns, start_step)
+        with _naming(directory / "log.csv"):
+            self._csv = CsvLog(directory / "log.csv", columns, start_step)
         self._tensorboard = SummaryWriter(directory / "tensorboard", purge_step=start_step + 1 if start_step else None)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """One record. `valid_x` appears as `valid/x` in TensorBoard, everything else as `train/x`."""
-        self._csv.write(step, values)
-        for name, value in values.items():
-            tag = name.replace("valid_", "valid/", 1) if name.startswith("valid_") else f"train/{name}"
-            self._tensorboard.add_scalar(tag, value, step)
+        """One record. `valid_x` appears as `valid/x` in TensorBoard, everything else as `train/x`.
+
+        Raises:
+            OSError: it cannot be written, such as on a full disk.
+        """
+        with _naming(self._directory / "log.csv"):
+            self._csv.write(step, values)
+        with _naming(self._directory / "tensorboard"):
+            for name, value in values.items():
+                tag = name.replace("valid_", "valid/", 1) if name.startswith("valid_") else f"train/{name}"
+                self._tensorboard.add_scalar(tag, value, step)
         if self._wandb is not None:
             self._wandb.log(dict(values), step=step)
 
     def close(self) -> None:
-        self._csv.close()
-        self._tensorboard.close()
+        """Raises OSError as `write` does."""
+        with _naming(self._directory / "log.csv"):
+            self._csv.close()
+        with _naming(self._directory / "tensorboard"):
+            self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Errors of writing name the file: those of a stream, and those that TensorBoard hands on, do not."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, error.filename or str(path)) from error
 
 
 def require_wandb(project: str) -> None:

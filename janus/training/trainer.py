@@ -187,10 +187,16 @@ class Trainer:
             self._progress.say(f"resuming after step {self.learner.step} from {self.restored.path}")
         try:
             yield
-        finally:
-            self._progress.close()
-            if self._log is not None:
-                self._log.close()
+        except BaseException:
+            with suppress(OSError):  # the first error says why the run ended
+                self._close_logs()
+            raise
+        self._close_logs()
+
+    def _close_logs(self) -> None:
+        self._progress.close()
+        if self._log is not None:
+            self._log.close()
 
     def _show(self, report: StepReport, num_records: int, rate: float, pending: list[StepReport], last: bool) -> None:
         """Progress of this step; a record over all pending steps when it is time, which empties `pending`."""

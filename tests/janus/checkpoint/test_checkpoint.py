@@ -71,6 +71,11 @@ def test_many_tensors_are_written_in_several_files(tmp_path: Path, monkeypatch: 
     assert_same(read_directory(tmp_path / "c")[0])
 
 
+def test_nothing_to_write(tmp_path: Path) -> None:
+    write_directory(tmp_path / "c", [], {"x": 1})
+    assert read_directory(tmp_path / "c") == ({}, {"x": 1})
+
+
 def test_failed_writing_leaves_nothing(tmp_path: Path) -> None:
     def tensors():
         yield "a", torch.zeros(3)
@@ -275,6 +280,20 @@ def test_pieces_are_read_however_they_were_cut(tmp_path: Path) -> None:
         (piece,) = some.pieces
         ends = zip(piece.start, piece.values.shape, strict=True)
         assert torch.equal(piece.values, value[tuple(slice(start, start + length) for start, length in ends)])
+
+
+def test_large_pieces_are_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("janus.checkpoint.shards._PIECE", 4)
+    tensors = {"matrix": torch.arange(30.0).reshape(5, 6), "one": torch.tensor(1.0), "none": torch.zeros(0, 3)}
+    store = CheckpointStore(tmp_path)
+    store.save(1, {name: Shards.whole(value) for name, value in tensors.items() if len(name) > 3}, {}, best_step=None)
+    store.wait()
+    write_directory(tmp_path / "whole", tensors.items(), {})
+    for path, names in ((store.path(1), ["matrix"]), (tmp_path / "whole", list(tensors))):
+        checkpoint = open_checkpoint(path)
+        assert max(torch.Size(piece.shape).numel() for piece in checkpoint.tensors["matrix"].pieces) == 4
+        for name in names:
+            assert torch.equal(checkpoint.read(name), tensors[name])
 
 
 def test_what_is_missing_or_of_another_shape_is_refused(tmp_path: Path) -> None:
