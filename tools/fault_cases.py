@@ -434,7 +434,7 @@ class _Run:
     def _look(self, launched: Launched) -> None:
         for problem in (*launched.violations, *self.history.problems()):
             self._problem(problem)
-        if "Traceback" in launched.text:
+        if "Traceback" in _without_tensorboard(launched.text):
             self._problem(f"a traceback: {_last_line(launched.text)}")
         self.passed_over = [file for file in self.passed_over if not _says_fallback(launched.text, file)]
 
@@ -673,6 +673,11 @@ def _content(output: Path) -> dict[str, bytes]:
         path.relative_to(output).as_posix(): path.read_bytes()
         for path in sorted((output / "checkpoints").glob("step_*/*"))
     }
+
+
+def _without_tensorboard(text: str) -> str:
+    """Its thread prints what it also hands on."""
+    return re.sub(r"Exception in thread .*\n(.*tensorboard.*\n| +.*\n|Traceback.*\n)+\w+Error.*\n", "", text)
 
 
 def _last_line(text: str) -> str:

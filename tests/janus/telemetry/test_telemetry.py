@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from pathlib import Path
 
@@ -41,6 +43,18 @@ def test_records_reach_csv_and_tensorboard(tmp_path: Path) -> None:
     log.close()
     assert read_csv(tmp_path / "log.csv") == [{"step": 1, "loss": 1, "valid_loss": 2}]
     assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+def test_a_record_that_cannot_be_written_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as a stream does, without a name
+
+    log = RunLog(tmp_path, ["loss"])
+    monkeypatch.setattr(log._csv, "write", full)
+    with pytest.raises(OSError, match=f"{tmp_path / 'log.csv'}") as caught:
+        log.write(1, {"loss": 1.0})
+    assert caught.value.errno == errno.ENOSPC
+    log.close()
 
 
 def test_wandb_that_is_not_there_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
