@@ -16,6 +16,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -45,11 +46,10 @@ from matris.train_config import TrainConfig
 STOPPED = 143
 """Exit status of a run that ended before its last iteration, as that of `janus-matris train`."""
 
-VERSIONS = ((0, 16), (0, 17))
+VERSIONS = ((0, 16), (0, 17), (0, 18), (0, 19))
 """Of Megatron, whose loop was read; docs/decisions/megatron.md says what was run."""
 
-_ASKED = ("train_valid_test_dataset_provider", "model_provider", "model_type", "forward_step_func")
-_PROVIDED = (*_ASKED, "extra_args_provider")
+_PROVIDERS = ("train_valid_test_dataset_provider", "model_provider", "model_type", "forward_step_func")
 
 
 # What is installed ---------------------------------------------------------------------------------------------------
@@ -60,11 +60,12 @@ class Loop:
     """The training loop that is installed.
 
     Attributes:
-        pretrain, get_args: of `megatron.training`.
+        start: trains; takes what `_PROVIDERS` names, and the command line.
+        get_args: its arguments, once they are parsed.
         model_type: the value for a model without an encoder of its own.
     """
 
-    pretrain: Callable[..., None]
+    start: Callable[..., None]
     get_args: Callable[[], Namespace]
     model_type: Any
 
@@ -85,11 +86,14 @@ def find_loop() -> Loop:
     if pretrain is None or not hasattr(training, "get_args"):
         raise ValueError(f"megatron.training {version} has no pretrain and get_args: {use}")
     parameters = inspect.signature(pretrain).parameters
-    missing = [name for name in _PROVIDED if name not in parameters]
+    # As of 0.18 whoever calls it parses the arguments.
+    arguments_in = "cfg_container" if "cfg_container" in parameters else "extra_args_provider"
+    provided = (*_PROVIDERS, arguments_in)
+    missing = [name for name in provided if name not in parameters]
     unknown = [
         name
         for name, entry in parameters.items()
-        if name not in _PROVIDED
+        if name not in provided
         and entry.default is entry.empty
         and entry.kind not in (entry.VAR_POSITIONAL, entry.VAR_KEYWORD)
     ]
@@ -100,8 +104,25 @@ def find_loop() -> Loop:
             f"megatron.training.pretrain of version {version} {' and '.join(differences)}; its signature is "
             f"({', '.join(parameters)}): {use}"
         )
+    start: Callable[..., None]
+    if arguments_in == "extra_args_provider":
+        start = partial(pretrain, extra_args_provider=add_options)
+    else:
+        parse = getattr(_import("megatron.training.arguments"), "parse_and_validate_args", None)
+        contain = getattr(_import("megatron.training.argument_utils"), "pretrain_cfg_container_from_args", None)
+        if parse is None or contain is None:
+            raise ValueError(
+                f"megatron.training {version} has no parse_and_validate_args and pretrain_cfg_container_from_args: "
+                f"{use}"
+            )
+
+        def in_a_container(**providers: Any) -> None:
+            pretrain(cfg_container=contain(parse(extra_args_provider=add_options)), **providers)
+
+        start = in_a_container
+
     return Loop(
-        pretrain=pretrain,
+        start=start,
         get_args=training.get_args,
         model_type=_import("megatron.core.enums").ModelType.encoder_or_decoder,
     )
@@ -192,11 +213,12 @@ class LoopConfig(MatRISConfig):
     """With what Megatron's schedules and gradient buffers read of the configuration of a transformer.
 
     Attributes:
-        calculate_per_token_loss, fine_grained_activation_offloading, moe_router_enable_expert_bias,
+        calculate_per_token_loss, cuda_graph_impl, fine_grained_activation_offloading, moe_router_enable_expert_bias,
             moe_router_load_balancing_type, qk_layernorm: always off.
     """
 
     calculate_per_token_loss: bool = False
+    cuda_graph_impl: str = "none"
     fine_grained_activation_offloading: bool = False
     moe_router_enable_expert_bias: bool = False
     moe_router_load_balancing_type: str = "none"
@@ -404,12 +426,11 @@ def _train(loop: Loop) -> int:
         signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         datasets.is_distributed = True  # type: ignore[attr-defined]  # all ranks of the tensor axis read
         try:
-            loop.pretrain(
+            loop.start(
                 train_valid_test_dataset_provider=datasets,
                 model_provider=job.build_model,
                 model_type=loop.model_type,
                 forward_step_func=job.forward_step,
-                extra_args_provider=add_options,
             )
         except SystemExit as end:
             if end.code not in (None, 0):

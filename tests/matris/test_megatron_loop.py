@@ -17,7 +17,7 @@ import yaml
 from janus.data.packing import Budget
 from matris import megatron as ours
 from matris.megatron import CountedLoader, WholeSet, find_loop
-from matris.megatron_options import REFUSALS, check_arguments, run_settings
+from matris.megatron_options import REFUSALS, add_options, check_arguments, run_settings
 from tests.matris.megatron_arguments import megatron_parser, parse_megatron
 
 
@@ -34,14 +34,10 @@ def known(
     """The loop that the providers were written for."""
 
 
-def with_a_container(
-    cfg_container: Any,
-    train_valid_test_dataset_provider: Any,
-    model_provider: Any,
-    model_type: Any,
-    forward_step_func: Any,
+def with_others(
+    train_valid_test_dataset_provider: Any, model_provider: Any, model_type: Any, step: Any, parser: Any
 ) -> None:
-    """As of 0.18: arguments are parsed before."""
+    """Other names."""
 
 
 def with_one_more(
@@ -73,20 +69,48 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 def test_a_known_loop_is_found(install: Callable[..., None], version: str) -> None:
     install(known, version=version)
     loop = find_loop()
-    assert loop.pretrain is known
+    assert loop.start.func is known  # type: ignore[attr-defined]
     assert loop.model_type.name == "encoder_or_decoder"
 
 
-@pytest.mark.parametrize("version", ["0.15.3", "0.18.2", "0.160.0", "1.0.0"])
+@pytest.mark.parametrize("version", ["0.15.3", "0.20.0", "0.160.0", "1.0.0"])
 def test_an_unknown_version_is_refused(install: Callable[..., None], version: str) -> None:
     install(known, version=version)
-    with pytest.raises(ValueError, match=rf"version {version}, whose training loop is not known: use .*0\.16, 0\.17"):
+    with pytest.raises(
+        ValueError, match=rf"version {version}, whose training loop is not known: use .*0\.16, 0\.17, 0\.18, 0\.19"
+    ):
+        find_loop()
+
+
+def test_a_container_of_arguments_is_filled(install: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+
+    def pretrain(
+        cfg_container: Any,
+        train_valid_test_dataset_provider: Any,
+        model_type: Any,
+        forward_step_func: Any,
+        model_provider: Any = None,
+    ) -> None:
+        given.update(locals())
+
+    install(pretrain, version="0.19.0")
+    parsing, containing = types.ModuleType("parsing"), types.ModuleType("containing")
+    vars(parsing)["parse_and_validate_args"] = lambda extra_args_provider: ("parsed", extra_args_provider)
+    vars(containing)["pretrain_cfg_container_from_args"] = lambda arguments: ("contained", *arguments)
+    monkeypatch.setitem(sys.modules, "megatron.training.arguments", parsing)
+    monkeypatch.setitem(sys.modules, "megatron.training.argument_utils", containing)
+    find_loop().start(train_valid_test_dataset_provider=1, model_provider=2, model_type=3, forward_step_func=4)
+    assert given["cfg_container"] == ("contained", "parsed", add_options)
+    assert given["model_provider"] == 2
+    del vars(containing)["pretrain_cfg_container_from_args"]
+    with pytest.raises(ValueError, match="has no parse_and_validate_args and pretrain_cfg_container_from_args"):
         find_loop()
 
 
 def test_a_changed_signature_is_refused(install: Callable[..., None]) -> None:
-    install(with_a_container)
-    with pytest.raises(ValueError, match="lacks extra_args_provider and asks for cfg_container; its signature is"):
+    install(with_others)
+    with pytest.raises(ValueError, match="lacks forward_step_func, extra_args_provider and asks for step, parser; its"):
         find_loop()
     install(with_one_more)
     with pytest.raises(ValueError, match=r"pretrain of version 0\.16\.1 asks for tokens"):
@@ -163,6 +187,7 @@ def config(tmp_path: Path) -> Path:
 
 
 def test_our_settings_are_defaults_of_its_options(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "8")
     given = ["--matris-config", str(config), "--train-iters", "200", "--tensor-model-parallel-size", "2"]
     arguments = parse_megatron([*given, "--model.hidden_size", "48"])
