@@ -53,7 +53,7 @@ class Strike:
         call: the same, as a number.
         after: when the function returns.
         rank: who.
-        everyone: whether a signal goes to all ranks.
+        everyone: whether a signal goes to all ranks, or a limit holds for all.
         room: as in `Plan`, as a part of a checkpoint.
     """
 
@@ -267,8 +267,11 @@ def _full(rng: random.Random) -> Case:
     layout = _layout(rng)
     act: Act = rng.choice(("fill", "fill", "limit"))
     place, part = rng.choice(("save", "shard", "step", "finish")), rng.random()
-    room = rng.uniform(0.0, 1.1) if act == "fill" else rng.uniform(0.2, 0.9)
-    return _same("full disk", layout, Strike(act=act, place=place, part=part, room=room))
+    if act == "fill":
+        return _same("full disk", layout, Strike(act=act, place=place, part=part, room=rng.uniform(0.0, 1.1)))
+    rank = 0 if place in _MAIN_ONLY else rng.randrange(LAYOUTS[layout].ranks)
+    strike = Strike(act=act, place=place, part=part, rank=rank, everyone=rng.random() < 0.5)
+    return _same("full disk", layout, replace(strike, room=rng.uniform(0.2, 0.9)))
 
 
 def _read_only(rng: random.Random) -> Case:
@@ -461,7 +464,7 @@ class _Run:
             launched = self._launch(self._plan(), delayed=dict.fromkeys(ranks, number), delay=delay)
         else:
             call = strike.call or 1 + int(strike.part * self.reference.calls(strike.place, strike.rank))
-            rank = strike.rank if act != "limit" else None
+            rank = None if act == "limit" and strike.everyone else strike.rank
             moment = Moment(place=strike.place, call=call, after=strike.after, rank=rank)
             size = self.reference.checkpoint_bytes if act == "fill" else self.reference.largest_file_bytes
             room = int(strike.room * size)

@@ -27,6 +27,7 @@ from dataclasses import replace
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before the import of torch: ranks are forked
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # likewise; the command line sets it, and is too late here
 os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")  # of the locks of ranks that were killed
 
 from tools.fault_cases import Case, Result, can_mount, case_of, run_case
