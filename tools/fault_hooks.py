@@ -43,6 +43,14 @@ class Place:
     name: str
     options: tuple[tuple[str, Any], ...] = ()
 
+    def find(self) -> tuple[Any, str]:
+        """Module or class, and the function's name in it."""
+        owner: Any = importlib.import_module(self.module)
+        *path, last = self.name.split(".")
+        for part in path:
+            owner = getattr(owner, part)
+        return owner, last
+
 
 PLACES = {
     "step": Place(module="janus.training.trainer", name="train_step"),
@@ -51,7 +59,7 @@ PLACES = {
     "evaluation": Place(module="janus.training.trainer", name="evaluate"),
     "evaluation batch": Place(module="matris.task", name="MatRISTask.loss", options=(("training", False),)),
     "save": Place(module="janus.checkpoint.store", name="CheckpointStore.save"),
-    "shard": Place(module="janus.checkpoint.sharded", name="write_tensors"),
+    "shard": Place(module="janus.checkpoint.sharded", name="write_pieces"),
     "finish": Place(module="janus.checkpoint.sharded", name="finish"),
     "flush": Place(module="janus.checkpoint.directory", name="flush"),
     "removal": Place(module="janus.checkpoint.store", name="remove"),
@@ -135,10 +143,7 @@ class Hooks:
         (self.plan.folder / f"calls.{self.plan.rank}.json").write_text(json.dumps(self.calls))
 
     def _wrap(self, name: str, place: Place) -> None:
-        owner: Any = importlib.import_module(place.module)
-        *path, last = place.name.split(".")
-        for part in path:
-            owner = getattr(owner, part)
+        owner, last = place.find()
         original = getattr(owner, last)
 
         def wrapped(*arguments: Any, **options: Any) -> Any:

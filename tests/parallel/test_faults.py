@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tools.fault_cases import Case, Damage, Refusal, Result, Strike, case_of
-from tools.fault_hooks import BREAKAGES
+from tools.fault_hooks import BREAKAGES, PLACES
 from tools.faults import NUM_CASES, run_cases
 
 _INTERRUPTED = Strike(act="kill", place="step", call=8, everyone=True)
@@ -89,6 +89,12 @@ def test_torchrun_starts_the_run_again(tmp_path: Path) -> None:
     seed = next(seed for seed in range(NUM_CASES) if case_of(seed).family == "torchrun")
     (result,) = run_cases({seed: case_of(seed)}, tmp_path)
     assert result.problems == []
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_the_product_has_the_places(name: str) -> None:
+    owner, function = PLACES[name].find()
+    assert callable(getattr(owner, function))
 
 
 def test_a_seed_is_always_the_same_case() -> None:
