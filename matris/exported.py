@@ -135,9 +135,8 @@ def write_model(
     directory.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
-        config = _config_of(stored, write_weights(staging, stored.like, stored.read, max_file_bytes=max_file_bytes))
-        (staging / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
-        (staging / CARD).write_text(model_card(config))
+        files = write_weights(staging, stored.like, stored.read, max_file_bytes=max_file_bytes)
+        write_config(stored, staging, files)
         staging.chmod(0o755)
         if directory.exists():
             retired = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old.", dir=directory.parent))
@@ -150,7 +149,12 @@ def write_model(
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _config_of(stored: StoredModel, files: Mapping[str, str]) -> dict[str, Any]:
+def write_config(stored: StoredModel, directory: Path, files: Mapping[str, str]) -> None:
+    """Writes `config.json` and the model card.
+
+    Args:
+        files: those with weights, with their SHA-256.
+    """
     model = stored.model
     buffers = {name for name, _ in model.named_buffers()}
     config = {
@@ -166,7 +170,9 @@ def _config_of(stored: StoredModel, files: Mapping[str, str]) -> dict[str, Any]:
         "files": dict(files),
         "provenance": dict(stored.provenance),
     }
-    return {**config, _CONFIG_SHA256: config_sha256(config)}
+    config[_CONFIG_SHA256] = config_sha256(config)
+    (directory / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+    (directory / CARD).write_text(model_card(config))
 
 
 def read_config(directory: Path) -> dict[str, Any]:

@@ -51,6 +51,18 @@ def write_weights(
     Raises:
         ValueError: a tensor is not as `like` says.
     """
+    files = files_of(like, max_file_bytes)
+    digests = {
+        file: write_file(directory / file, {name: like[name] for name in names}, read) for file, names in files.items()
+    }
+    if len(files) > 1:
+        write_index(directory, like, files)
+        digests[INDEX] = sha256_of(directory / INDEX)
+    return digests
+
+
+def files_of(like: Mapping[str, Tensor], max_file_bytes: int = MAX_FILE_BYTES) -> dict[str, list[str]]:
+    """The tensors of each file, in order."""
     groups: list[list[str]] = [[]]
     size = 0
     for name, value in like.items():
@@ -60,42 +72,47 @@ def write_weights(
         groups[-1].append(name)
         size += _bytes(value)
     if len(groups) == 1:
-        return {WEIGHTS: write_file(directory / WEIGHTS, like, read)}
-    names = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
-    digests = {
-        file: write_file(directory / file, {name: like[name] for name in group}, read)
-        for file, group in zip(names, groups, strict=True)
-    }
+        return {WEIGHTS: groups[0]}
+    return {f"model-{n:05d}-of-{len(groups):05d}.safetensors": group for n, group in enumerate(groups, start=1)}
+
+
+def write_index(directory: Path, like: Mapping[str, Tensor], files: Mapping[str, list[str]]) -> None:
+    """Writes which file has which tensor."""
     index = {
         "metadata": {"total_size": sum(map(_bytes, like.values()))},
-        "weight_map": {name: file for file, group in zip(names, groups, strict=True) for name in group},
+        "weight_map": {name: file for file, names in files.items() for name in names},
     }
     (directory / INDEX).write_text(json.dumps(index, indent=1) + "\n")
-    return {**digests, INDEX: sha256_of(directory / INDEX)}
 
 
 def write_file(path: Path, like: Mapping[str, Tensor], read: Callable[[str], Tensor]) -> str:
     """Writes one safetensors file; arguments as of `write_weights`. Returns its SHA-256."""
+    head, order = header_of(like)
+    digest = hashlib.sha256()
+    with path.open("wb") as stream:
+        for block in _blocks(head, order, like, read):
+            stream.write(block)
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def header_of(like: Mapping[str, Tensor]) -> tuple[bytes, list[str]]:
+    """What a safetensors file begins with, and the order of the tensors after it."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     # The largest numbers first, as safetensors' own writer does: then all begin at multiples of their size.
     order = sorted(like, key=lambda name: (-like[name].element_size(), name))
     offset = 0
     for name in order:
-        end = offset + _bytes(like[name])
+        value, end = like[name], offset + _bytes(like[name])
         header[name] = {
-            "dtype": _NAMES[like[name].dtype],
-            "shape": list(like[name].shape),
+            "dtype": _NAMES[value.dtype],
+            "shape": list(value.shape),
             "data_offsets": [offset, end],
         }
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    with path.open("wb") as stream:
-        for block in _blocks(len(text).to_bytes(8, "little") + text, order, like, read):
-            stream.write(block)
-            digest.update(block)
-    return digest.hexdigest()
+    return len(text).to_bytes(8, "little") + text, order
 
 
 def _blocks(
