@@ -12,7 +12,7 @@ import shutil
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PosixPath
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from janus.checkpoint.manifest import CheckpointError
-from janus.checkpoint.pickles import PLAIN, load_pickle, load_tensors
+from janus.checkpoint.pickles import PLAIN, Ignored, load_pickle, load_tensors
 
 FORMAT = "metadata.json"
 COMMON = "common.pt"
@@ -46,16 +46,6 @@ _BACKEND = {
 }
 
 
-class _Nothing:
-    """Stands for a class of which nothing is needed: takes any state and forgets it."""
-
-    def __init__(self, *_: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
 def _layout(name: str) -> torch.layout:
     """By the name that torch writes; tensors of no other kind are read here."""
     if name != "torch.strided":
@@ -63,18 +53,6 @@ def _layout(name: str) -> torch.layout:
     return torch.strided
 
 
-_DTYPES = (
-    torch.float64,
-    torch.float32,
-    torch.float16,
-    torch.bfloat16,
-    torch.int64,
-    torch.int32,
-    torch.int16,
-    torch.int8,
-    torch.uint8,
-    torch.bool,
-)
 _METADATA_NAMES = {
     **PLAIN,
     **{
@@ -89,19 +67,15 @@ _METADATA_NAMES = {
             TensorStorageMetadata,
             dcp_metadata._MEM_FORMAT_ENCODING,
             dcp_files._StorageInfo,
-            PosixPath,
         )
     },
-    ("torch", "Size"): torch.Size,
-    **{("torch", str(dtype).removeprefix("torch.")): dtype for dtype in _DTYPES},
     ("torch.serialization", "_get_layout"): _layout,
     # Plans of the writer, which some versions of Megatron keep beside.
-    ("torch.distributed.checkpoint.planner", "SavePlan"): _Nothing,
-    ("torch.distributed.checkpoint.planner", "WriteItem"): _Nothing,
-    ("torch.distributed.checkpoint.planner", "WriteItemType"): _Nothing,
-    ("torch.distributed.checkpoint.planner", "TensorWriteData"): _Nothing,
-    ("torch.distributed.checkpoint.planner", "BytesIOWriteData"): _Nothing,
-    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"): _Nothing,
+    ("torch.distributed.checkpoint.planner", "SavePlan"): Ignored,
+    ("torch.distributed.checkpoint.planner", "WriteItem"): Ignored,
+    ("torch.distributed.checkpoint.planner", "WriteItemType"): Ignored,
+    ("torch.distributed.checkpoint.planner", "TensorWriteData"): Ignored,
+    ("torch.distributed.checkpoint.planner", "BytesIOWriteData"): Ignored,
     ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"): Metadata,
 }
 

@@ -15,7 +15,7 @@ from matris.convert.megatron import open_megatron, save_megatron
 from matris.convert.training import open_training, save_training
 from matris.convert.upcycle import Upcycling, upcycled
 from matris.elements import SYMBOLS
-from matris.exported import StoredModel, open_model, write_model
+from matris.exported import CONFIG, StoredModel, open_model, write_model
 from matris.pruning import pruned
 from matris.reference import open_reference
 from matris.reference_export import save_reference
@@ -100,7 +100,10 @@ def _open(kind: Kind, path: Path, conversion: Conversion) -> StoredModel:
         return open_reference(path)
     if kind is Kind.checkpoint:
         return open_training(path, averaged=conversion.averaged)
-    return open_megatron(path, None if conversion.like is None else open_model(conversion.like))
+    like = conversion.like
+    if like is None and (path.parent / "model" / CONFIG).is_file():
+        like = path.parent / "model"  # our jobs in Megatron-LM's loop describe their model there
+    return open_megatron(path, None if like is None else open_model(like))
 
 
 def _changed(source: StoredModel, conversion: Conversion) -> tuple[StoredModel, list[str]]:

@@ -6,8 +6,12 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
+import warnings
+from argparse import Namespace
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -89,6 +93,22 @@ def test_we_read_what_megatron_writes(tmp_path: Path, capsys: pytest.CaptureFixt
     assert same_weights(load_model(tmp_path / "model"), tiny_model(EXPERTS, seed=4))
 
 
+def test_settings_of_megatron_are_no_obstacle(ours: Path, tmp_path: Path) -> None:
+    from megatron.core.transformer.enums import AttnBackend
+
+    shutil.copytree(ours, tmp_path / "iter_0000003")
+    shutil.copytree(ours.parent / "model", tmp_path / "model")  # which says what the checkpoint is
+    settings = Namespace(backend=AttnBackend.auto, signal=signal.SIGTERM, dtype=torch.bfloat16, save=Path("here"))
+    content = {"args": settings, "iteration": 3, "lr": torch.ones(2), "opt_param_scheduler": OrderedDict(max_lr=0.1)}
+    torch.save(content, tmp_path / "iter_0000003" / "common.pt")
+    common = open_torch_dist(tmp_path / "iter_0000003").common
+    assert common["iteration"] == 3
+    assert torch.equal(common["lr"], torch.ones(2))
+    assert not isinstance(common["args"], Namespace)
+    assert convert(tmp_path / "iter_0000003", tmp_path / "out") == 0
+    assert same_weights(load_model(tmp_path / "out"), load_model(tmp_path / "model"))
+
+
 class Malicious:
     """Makes a directory when a loader that trusts it unpickles it."""
 
@@ -165,6 +185,19 @@ def test_a_pickle_hidden_in_the_metadata_is_refused(copy: Path, tmp_path: Path) 
     with pytest.raises(CheckpointError, match=r"\.metadata is refused: .* wants (posix|nt)\.mkdir"):
         open_torch_dist(copy)
     assert not (tmp_path / "evidence").exists()
+
+
+class Program(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def test_programs_are_refused(copy: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.script(Program()).save(str(copy / "common.pt"))
+    with pytest.raises(CheckpointError, match=r"common\.pt is refused: .*TorchScript"):
+        open_torch_dist(copy)
 
 
 def truncate(path: Path) -> None:
