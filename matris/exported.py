@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from janus.file_errors import naming
 from janus.mesh import Mesh
 from janus.sharding import part_of, split_of
 from matris.blocks.module import ExpertOptions
@@ -135,8 +136,9 @@ def write_model(
     directory.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
-        files = write_weights(staging, stored.like, stored.read, max_file_bytes=max_file_bytes)
-        write_config(stored, staging, files)
+        with naming(directory):
+            files = write_weights(staging, stored.like, stored.read, max_file_bytes=max_file_bytes)
+            write_config(stored, staging, files)
         staging.chmod(0o755)
         if directory.exists():
             retired = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old.", dir=directory.parent))

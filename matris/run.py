@@ -18,6 +18,7 @@ from torch import Tensor
 import janus
 from janus.checkpoint import CheckpointError, verify_directory
 from janus.comm.collectives import on_main_rank, reduce_max
+from janus.file_errors import naming
 from janus.mesh import Axis, Mesh, open_mesh
 from janus.ops.fused import compile_kernels
 from janus.telemetry import require_wandb
@@ -74,10 +75,11 @@ def run_training(config: TrainConfig) -> int:
         if config.dry_run:
             return 0
         start = time.monotonic()
-        outcome = _train(config, setup, mesh, output)
-        if outcome.stopped:
-            return STOPPED
-        _finish(setup, mesh, output, outcome, Precision(config.training.precision), time.monotonic() - start)
+        with naming(output):
+            outcome = _train(config, setup, mesh, output)
+            if outcome.stopped:
+                return STOPPED
+            _finish(setup, mesh, output, outcome, Precision(config.training.precision), time.monotonic() - start)
         return 0
 
 

@@ -20,7 +20,7 @@ SOURCES = sorted(path for package in ("janus", "matris") for path in (ROOT / pac
 # levels, or stay inside one folder; matris may import anything of janus.
 LEVELS = {
     "janus": (
-        ("janus.name_clash", "janus.comm.ledger", "janus.comm.watch"),
+        ("janus.name_clash", "janus.file_errors", "janus.comm.ledger", "janus.comm.watch"),
         ("janus", "janus.mesh", "janus.ops"),
         (
             "janus.comm",

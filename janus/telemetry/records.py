@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from janus.file_errors import naming
 from janus.telemetry.csv_log import CsvLog
 
 
@@ -39,7 +39,7 @@ class RunLog:
 
         self._directory = directory
         self._wandb = _start_wandb(wandb_project, directory, config) if wandb_project else None
-        with _naming(directory / "log.csv"):
+        with naming(directory / "log.csv"):
             self._csv = CsvLog(directory / "log.csv", columns, start_step)
         self._tensorboard = SummaryWriter(directory / "tensorboard", purge_step=start_step + 1 if start_step else None)
 
@@ -49,9 +49,9 @@ class RunLog:
         Raises:
             OSError: it cannot be written, such as on a full disk.
         """
-        with _naming(self._directory / "log.csv"):
+        with naming(self._directory / "log.csv"):
             self._csv.write(step, values)
-        with _naming(self._directory / "tensorboard"):
+        with naming(self._directory / "tensorboard"):
             for name, value in values.items():
                 tag = name.replace("valid_", "valid/", 1) if name.startswith("valid_") else f"train/{name}"
                 self._tensorboard.add_scalar(tag, value, step)
@@ -60,21 +60,12 @@ class RunLog:
 
     def close(self) -> None:
         """Raises OSError as `write` does."""
-        with _naming(self._directory / "log.csv"):
+        with naming(self._directory / "log.csv"):
             self._csv.close()
-        with _naming(self._directory / "tensorboard"):
+        with naming(self._directory / "tensorboard"):
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Errors of writing name the file: those of a stream, and those that TensorBoard hands on, do not."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, error.filename or str(path)) from error
 
 
 def require_wandb(project: str) -> None:
