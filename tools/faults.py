@@ -30,12 +30,13 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before the import of torch: ranks are for
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # likewise; the command line sets it, and is too late here
 os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")  # of the locks of ranks that were killed
 
-from tools.fault_cases import Case, Result, can_mount, case_of, run_case
+from tools.fault_cases import Case, case_of
 from tools.fault_hooks import BREAKAGES
 from tools.fault_runs import Reference, write_data
+from tools.fault_trials import Result, can_mount, run_case
 
 NUM_CASES = 132
-_PRELOADED = ["matris.run", "matris.cli.train", "matplotlib.pyplot", "tools.fault_cases"]
+_PRELOADED = ["matris.run", "matris.cli.train", "matplotlib.pyplot", "tools.fault_trials"]
 
 
 def run_cases(cases: Mapping[int, Case], base: Path, *, jobs: int = 1) -> Iterator[Result]:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tools.fault_cases import Case, Damage, Refusal, Result, Strike, case_of
+from tools.fault_cases import Case, Damage, Refusal, Strike, case_of
 from tools.fault_hooks import BREAKAGES, PLACES
+from tools.fault_trials import Result
 from tools.faults import NUM_CASES, run_cases
 
 _INTERRUPTED = Strike(act="kill", place="step", call=8, everyone=True)
