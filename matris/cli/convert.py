@@ -67,6 +67,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument(
         "--no_verify",
+        "--no-verify",
         action="store_true",
         help="do not compare energies and forces of source and result, for which both are loaded",
     )
