@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import re
 from pathlib import Path
@@ -31,8 +32,9 @@ def save_reference(stored: StoredModel, path: Path) -> None:
     if path.exists():
         raise FileExistsError(f"{path} exists: choose another output, or remove it first")
     config, state = reference_content(stored)
-    with path.open("wb") as stream:  # torch's own opening says less about why a path cannot be written
-        torch.save({"config": config, "state_dict": state}, stream)
+    content = io.BytesIO()  # torch says less than Python about why a file cannot be written; these models are small
+    torch.save({"config": config, "state_dict": state}, content)
+    path.write_bytes(content.getbuffer())
 
 
 def reference_content(stored: StoredModel) -> tuple[dict[str, Any], dict[str, Tensor]]:

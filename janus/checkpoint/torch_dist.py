@@ -106,7 +106,8 @@ def write_torch_dist(
         (path / FORMAT).write_text(json.dumps(_BACKEND))
     except CheckpointException as error:
         shutil.rmtree(path, ignore_errors=True)
-        raise next(iter(error.failures.values()))[0] from None
+        reason = next(iter(error.failures.values()))[0]
+        raise CheckpointError(f"{path} could not be written: {type(reason).__name__}: {reason}") from None
     except BaseException:
         shutil.rmtree(path, ignore_errors=True)
         raise

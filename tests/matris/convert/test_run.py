@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -187,6 +188,21 @@ def test_nothing_is_replaced(plain: Path, tmp_path: Path, words: list[str], caps
     assert convert(plain, tmp_path / "file" / "x", *(words or TARGETS["checkpoint"])) == 2
     assert str(tmp_path / "file") in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {"plain", "taken", "file"}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_files_that_cannot_be_written_to_the_end(
+    plain: Path, tmp_path: Path, target: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # as if the disk were full
+    try:
+        status = convert(plain, tmp_path / "out", *TARGETS[target])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert status == 2
+    assert "File too large" in (error := capsys.readouterr().err), error
+    assert {path.name for path in tmp_path.iterdir()} == {"plain"}
 
 
 def test_folders_that_were_made_for_a_failure_go(plain: Path, tmp_path: Path) -> None:
