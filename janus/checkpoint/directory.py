@@ -113,7 +113,10 @@ def write_pieces(path: Path, pieces: Sequence[tuple[str, Piece]]) -> tuple[Store
     tensors = {f"{name}@{','.join(map(str, piece.start))}": piece.values.contiguous() for name, piece in pieces}
     with ThreadPoolExecutor(1) as pool:  # what the disk waits for least
         sums = pool.submit(lambda: [zlib.crc32(_bytes(value)) for value in tensors.values()])
-        save_file(tensors, path)
+        try:
+            save_file(tensors, path)
+        except SafetensorError as error:  # of the disk: tensors are what they should be
+            raise OSError(f"{path}: {error}") from error
         flush(path)
         header = read_header(path)
         stored = [
