@@ -92,6 +92,8 @@ class MatRISCalculator(Calculator):
             )
         if charge is not None and math.isnan(charge):
             raise ValueError("charge is nan: give a whole number of e, or leave it out")
+        if spin == 0:
+            raise ValueError("spin is 0: give a multiplicity, 1 for a singlet, 2 for a doublet, ..., or leave it out")
         check_charge_and_spin(0.0 if charge is None else charge, 0.0 if spin is None else spin)
         self.implemented_properties = ["energy", "free_energy", "energies", "forces", "stress"]
         if self.model.predicts_magmoms:
@@ -165,8 +167,8 @@ class MatRISCalculator(Calculator):
         for name in self.model.hyper.needs(self.task):
             if missing[name]:
                 raise ValueError(
-                    f"task {self.task} needs the {name} of a structure: give MatRISCalculator(..., {name}=...), or set "
-                    f"atoms.info[{name!r}]"
+                    f"task {self.task} needs the {name} of a structure: give MatRISCalculator(..., {name}=...), "
+                    f"--{name} on the command line, or set atoms.info[{name!r}]"
                 )
         check_charge_and_spin(charge, spin)
         return charge, spin

@@ -303,13 +303,18 @@ class MatRIS(MegatronModule):
             ValueError: naming the elements that are not known, and those that are.
         """
         known = self.elements if task is None else self.elements_of_task[task]
+        if not known:
+            raise ValueError(
+                f"task {task} has no elements in this model, which was pruned to "
+                f"{', '.join(SYMBOLS[number] for number in self.elements)}: choose another task, or the whole model"
+            )
         unseen = sorted({int(number) for number in numbers} - set(known))
         if unseen:
             names = [SYMBOLS[number] if 1 <= number <= MAX_Z else f"Z={number}" for number in unseen]
             there = "" if task is None else f" in task {task}"
             raise ValueError(
                 f"the model was not trained on {', '.join(names)}{there}: it knows "
-                f"{', '.join(SYMBOLS[number] for number in known) or 'no element'}; leave out structures with "
+                f"{', '.join(SYMBOLS[number] for number in known)}; leave out structures with "
                 "other elements, or fine-tune the model on data that has them"
             )
 

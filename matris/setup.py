@@ -33,6 +33,7 @@ from matris.train_config import (
     DataConfig,
     LabelWeights,
     OptimConfig,
+    ParallelConfig,
     TrainConfig,
     to_plain,
 )
@@ -180,24 +181,29 @@ def hyper_parameters(config: TrainConfig) -> ModelConfig:
         ValueError: the settings ask for others than the base model has, or the ranks cannot share it.
     """
     hyper = _with_tasks(config) if config.init_from is None else _of_base(config, config.init_from)
-    tensor = config.parallel.tensor_model_parallel_size
+    check_ranks(hyper, config.parallel)
+    return hyper
+
+
+def check_ranks(hyper: ModelConfig, parallel: ParallelConfig) -> None:
+    """Raises ValueError if the ranks cannot share such a model."""
+    tensor = parallel.tensor_model_parallel_size
     if hyper.hidden_size % tensor:
         raise ValueError(
             f"parallel.tensor_model_parallel_size is {tensor}, which does not divide the model's hidden_size "
             f"{hyper.hidden_size}: choose a divisor of it"
         )
-    ranks, experts = config.parallel.expert_model_parallel_size, hyper.num_moe_experts
+    ranks, experts = parallel.expert_model_parallel_size, hyper.num_moe_experts
     if ranks > 1 and not experts:
         raise ValueError(
             f"parallel.expert_model_parallel_size is {ranks}, but the model has no experts: leave it out, or choose a "
             "model with experts (--preset moe-tiny, or model.num_moe_experts and its companions)"
         )
-    if config.parallel.expert_placement == "fixed" and experts % ranks:
+    if parallel.expert_placement == "fixed" and experts % ranks:
         raise ValueError(
             f"parallel.expert_model_parallel_size is {ranks}, which does not divide model.num_moe_experts ({experts}): "
             "choose a divisor of it, or parallel.expert_placement sharded"
         )
-    return hyper
 
 
 def _with_tasks(config: TrainConfig) -> ModelConfig:

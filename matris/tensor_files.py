@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,21 +17,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from janus.checkpoint.header import make_header
+
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_FILE_BYTES = 5_000_000_000
 """Weights larger than this are cut into several files."""
 _BLOCK = 1 << 24
-_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
 def write_weights(
@@ -87,7 +79,7 @@ def write_index(directory: Path, like: Mapping[str, Tensor], files: Mapping[str,
 
 def write_file(path: Path, like: Mapping[str, Tensor], read: Callable[[str], Tensor]) -> str:
     """Writes one safetensors file; arguments as of `write_weights`. Returns its SHA-256."""
-    head, order = header_of(like)
+    head, order = make_header(like)
     digest = hashlib.sha256()
     with path.open("wb") as stream:
         for block in _blocks(head, order, like, read):
@@ -96,27 +88,8 @@ def write_file(path: Path, like: Mapping[str, Tensor], read: Callable[[str], Ten
     return digest.hexdigest()
 
 
-def header_of(like: Mapping[str, Tensor]) -> tuple[bytes, list[str]]:
-    """What a safetensors file begins with, and the order of the tensors after it."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    # The largest numbers first, as safetensors' own writer does: then all begin at multiples of their size.
-    order = sorted(like, key=lambda name: (-like[name].element_size(), name))
-    offset = 0
-    for name in order:
-        value, end = like[name], offset + _bytes(like[name])
-        header[name] = {
-            "dtype": _NAMES[value.dtype],
-            "shape": list(value.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, order
-
-
 def _blocks(
-    head: bytes, order: list[str], like: Mapping[str, Tensor], read: Callable[[str], Tensor]
+    head: bytes, order: Iterable[str], like: Mapping[str, Tensor], read: Callable[[str], Tensor]
 ) -> Iterator[bytes | memoryview]:
     yield head
     for name in order:

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from janus.checkpoint.header import read_header
+
 MANIFEST = "manifest.json"
 STATE = "state.json"
 FORMAT_VERSION = 2
@@ -177,41 +179,6 @@ def fingerprint(path: Path, kind: str = "crc32") -> StoredFile:
             else:
                 digest.update(block)
     return StoredFile(bytes=size, checksum=f"{kind}:{crc:08x}" if kind == "crc32" else f"{kind}:{digest.hexdigest()}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeaderEntry:
-    """A tensor of a safetensors file: torch's name of its type, its shape, and where its bytes begin."""
-
-    dtype: str
-    shape: list[int]
-    offset: int
-
-
-def read_header(path: Path) -> dict[str, HeaderEntry]:
-    """What a safetensors file holds, by key.
-
-    Raises:
-        ValueError: it is none.
-    """
-    try:
-        with path.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(length))
-        return {
-            key: HeaderEntry(
-                dtype=_SAFETENSORS_TYPES[entry["dtype"]],
-                shape=list(entry["shape"]),
-                offset=8 + length + int(entry["data_offsets"][0]),
-            )
-            for key, entry in header.items()
-            if key != "__metadata__"
-        }
-    except (ValueError, KeyError, TypeError, AttributeError, MemoryError, OverflowError) as error:
-        raise ValueError(f"{path} is damaged: it has no header of a safetensors file") from error
-
-
-_SAFETENSORS_TYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16", "I64": "int64"}
 
 
 def _parse(content: Mapping[str, Any]) -> Manifest:

@@ -19,13 +19,16 @@ class WeightMemory:
 
     Attributes:
         held: all the time.
-        gathered: at most beside that, in a step: whole weights, their gradients, and one flat gradient on its way
-            (`janus.sharding.passes`); 0 where nothing is sharded. Of sharded experts a rank gathers those that its
-            plans name; counted as if these were all.
+        gathered: at most beside that, in a step: where the force pass turns back into the forward pass, the whole
+            weights of all units are there with their gradients, and one flat gradient is on its way
+            (`janus.sharding.passes`); 0 where nothing is sharded.
+        gathered_experts: likewise of sharded experts, of which a rank gathers those that its plan names: counted for a
+            plan that gives each rank equally many, and all of them at worst.
     """
 
     held: int
     gathered: int
+    gathered_experts: int
 
 
 def weight_memory(
@@ -56,10 +59,17 @@ def weight_memory(
     outside = set(model.parameters()).difference(*shared, *owned)
     sizes = [sum(map(on_a_rank, parameters)) for parameters in shared]
     of_experts = [sum(map(on_a_rank, parameters)) for parameters in owned]
-    gathered = sizes if at_home else sizes + of_experts
+    # The weights of all experts of a site lie in one parameter, an expert to a row.
+    experts_of = [next(iter(parameters)).shape[0] for parameters in owned]
+    planned = [
+        size // count * -(-count // expert_ranks)
+        for size, count in zip(of_experts, experts_of, strict=True)
+        if not at_home
+    ]
     return WeightMemory(
         held=sum((COPIES if parameter.requires_grad else 1) * on_a_rank(parameter) for parameter in outside)
         + sum(COPIES * -(-size // shards) for size in sizes)
         + sum(COPIES * -(-size // expert_ranks) for size in of_experts),
-        gathered=2 * sum(gathered) + max(gathered, default=0),
+        gathered=2 * sum(sizes) + max(sizes, default=0),
+        gathered_experts=2 * sum(planned) + max(planned, default=0),
     )

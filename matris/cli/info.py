@@ -47,7 +47,8 @@ def main(arguments: list[str]) -> int:
         "--layout",
         metavar="NAME",
         help="also the memory that training needs on each rank of a layout such as fsdp64xtp2 (as `verify` writes "
-        "them), without activations, which depend on the batch",
+        "them), without activations, which depend on the batch; of the weights that are gathered at the moment of a "
+        "step when most are there, and of sharded experts if the plan gives each rank equally many",
     )
     options, rest = parser.parse_known_args(arguments)
     layout = None if options.layout is None else parse_layout(options.layout)
@@ -109,18 +110,17 @@ def _of_config(hyper: ModelConfig, layout: Layout | None) -> dict[str, Any]:
 def _counts(model: MatRIS, layout: Layout | None) -> dict[str, Any]:
     from janus.sharding import weight_memory
     from matris.exported import num_parameters
+    from matris.setup import check_ranks
+    from matris.train_config import ParallelConfig
 
     total = num_parameters(model)
     counts = {"parameters": total, "total_parameters": total, "active_parameters": model.num_active_parameters()}
     if layout is None:
         return counts
-    if model.hyper.hidden_size % layout.tensor:
-        raise ValueError(
-            f"--layout {layout.name}: {layout.tensor} tensor-parallel ranks do not divide the model's hidden_size "
-            f"{model.hyper.hidden_size}: choose a divisor"
-        )
-    if layout.expert > 1 and not model.hyper.num_moe_experts:
-        raise ValueError(f"--layout {layout.name}: the model has no experts to share: leave ep{layout.expert} out")
+    try:
+        check_ranks(model.hyper, layout.applied(ParallelConfig()))
+    except ValueError as error:
+        raise ValueError(f"--layout {layout.name}: {error}") from None
     memory = weight_memory(
         model,
         model.sharding_units(),
@@ -136,7 +136,8 @@ def _counts(model: MatRIS, layout: Layout | None) -> dict[str, Any]:
             "ranks": layout.num_ranks,
             "held_bytes": memory.held,
             "gathered_bytes": memory.gathered,
-            "total_GiB": round((memory.held + memory.gathered) / 2**30, 2),
+            "gathered_experts_bytes": memory.gathered_experts,
+            "total_GiB": round((memory.held + memory.gathered + memory.gathered_experts) / 2**30, 2),
         }
     }
 

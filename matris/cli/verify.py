@@ -103,6 +103,7 @@ def _on_ranks(options: argparse.Namespace, layouts: Sequence[Layout]) -> int:
     if launch.launcher == "python":
         device: Literal["auto", "cpu", "cuda"] = "cpu" if options.device == "auto" else options.device
         config = _config(options, device, write_demo=True)
+        _check(config, layouts)
         passed = True
         for number, num_ranks in enumerate(sorted({layout.num_ranks for layout in layouts})):
             chosen = [layout for layout in layouts if layout.num_ranks == num_ranks]
@@ -118,8 +119,21 @@ def _on_ranks(options: argparse.Namespace, layouts: Sequence[Layout]) -> int:
             print(f"not run: {layout.name}, for its {layout.num_ranks} ranks do not divide {launch.world_size}")
     with join_ranks(options.device, launch=launch, timeout_minutes=options.timeout_minutes):
         config = _config(options, options.device, write_demo=launch.rank == 0)
+        _check(config, fitting)
         passed = _run(launch, config, list(dict.fromkeys(fitting)), True)
         return 0 if passed and len(fitting) == len(layouts) else 1
+
+
+def _check(config: TrainConfig, layouts: Sequence[Layout]) -> None:
+    """Raises ValueError for a layout over which the model cannot be spread, before anything is computed."""
+    from matris.setup import check_ranks, hyper_parameters
+
+    hyper = hyper_parameters(config)
+    for layout in layouts:
+        try:
+            check_ranks(hyper, layout.applied(config.parallel))
+        except ValueError as error:
+            raise ValueError(f"layout {layout.name}: {error}") from None
 
 
 def _config(options: argparse.Namespace, device: Literal["auto", "cpu", "cuda"], *, write_demo: bool) -> TrainConfig:

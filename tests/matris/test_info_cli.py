@@ -158,5 +158,9 @@ def test_memory_of_a_layout(capsys: pytest.CaptureFixture[str]) -> None:
     assert 0.5 < split["held_bytes"] / sharded["held_bytes"] < 0.6
     assert main(["info", "--preset", "moe-tiny", "--layout", "fsdp4xpp2"]) == 2
     assert "no axis" in capsys.readouterr().err
-    assert main(["info", "--preset", "moe-tiny", "--layout", "tp3"]) == 2
-    assert "do not divide" in capsys.readouterr().err
+    four, eight, home = (memory(name)[1]["gathered_experts_bytes"] for name in ("ep4", "ep8", "ep4-home"))
+    assert four == 2 * eight > 0  # two and one of the eight experts of each site
+    assert home == 0
+    for layout in ("tp3", "ep3-home"):
+        assert main(["info", "--preset", "moe-tiny", "--layout", layout]) == 2
+        assert "does not divide" in capsys.readouterr().err

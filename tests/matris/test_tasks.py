@@ -193,6 +193,9 @@ def test_pruning_keeps_tasks() -> None:
     assert_same(predict(pruned, *states).energy, predict(whole, *states).energy)
     assert (pruned.hyper.tasks, pruned.hyper.charge_tasks) == (NAMES, ("wb97m",))
     assert pruned.elements_of_task == dict.fromkeys(NAMES, (11, 17))
+    whole.elements_of_task["scan"] = (8,)
+    with pytest.raises(ValueError, match="task scan has no elements in this model, which was pruned to Na, Cl"):
+        keep_elements(whole, [11, 17]).check_elements([11], "scan")
 
 
 def with_calculator(model: MatRIS, task: str | None, **settings: float) -> Atoms:
@@ -265,6 +268,11 @@ def test_calculator_refuses_what_is_not_stated(model: MatRIS, settings: dict[str
 def test_states_without_an_entry_are_refused_at_once(model: MatRIS, settings: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="whole number"):
         with_calculator(model, "pbe", **settings)
+
+
+def test_a_spin_of_zero_is_no_multiplicity(model: MatRIS) -> None:
+    with pytest.raises(ValueError, match="spin is 0: give a multiplicity"):
+        with_calculator(model, "wb97m", charge=0, spin=0)
 
 
 @pytest.mark.parametrize("settings", [{"charge": -11}, {"charge": 0.5}, {"spin": 21}, {"spin": -1}])

@@ -98,6 +98,9 @@ def test_as_plain_python(tmp_path: Path, capfd: pytest.CaptureFixture[str], monk
     missing = ["--data", str(tmp_path / "missing.xyz"), "--cache-dir", str(tmp_path)]
     assert main(["verify", "--layouts", "dp1", *missing]) == 2
     assert "missing.xyz" in capfd.readouterr().err
+    homes = ["--layouts", "ep2,ep3-home", "--preset", "moe-tiny", "--cache-dir", str(tmp_path)]
+    assert main(["verify", *homes]) == 2
+    assert "layout ep3-home: " in capfd.readouterr().err
 
 
 def test_what_the_data_cannot_check_is_said(tmp_path: Path) -> None:

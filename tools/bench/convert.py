@@ -19,11 +19,12 @@ from pathlib import Path
 
 import torch
 
+from janus.checkpoint.header import make_header
 from matris.cli import main as command
 from matris.config import Precision
 from matris.exported import StoredModel, without_weights, write_config
 from matris.presets import PRESETS
-from matris.tensor_files import INDEX, files_of, header_of, sha256_of, write_index
+from matris.tensor_files import INDEX, files_of, sha256_of, write_index
 
 
 def main() -> None:
@@ -75,7 +76,7 @@ def write_holes(preset: str, directory: Path) -> None:
     files = files_of(like)
     for file, names in files.items():
         own = {name: like[name] for name in names}
-        head, _ = header_of(own)
+        head, _ = make_header(own)
         with (directory / file).open("wb") as stream:
             stream.write(head)
             stream.truncate(len(head) + sum(value.numel() * value.element_size() for value in own.values()))

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from janus.checkpoint import CheckpointError, read_directory, write_directory
+from janus.checkpoint.directory import write_pieces
 from janus.mesh import Mesh
 from janus.optim import AdamWConfig, Schedule
 from janus.telemetry.csv_log import read_csv
@@ -178,15 +178,15 @@ def test_full_disk_ends_the_run_and_loses_nothing(
 ) -> None:
     calls = 0
 
-    def full(*arguments: Any) -> None:
+    def full(*arguments: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls > 2:
             raise OSError(errno.ENOSPC, "No space left on device")
-        save_file(*arguments)
+        return write_pieces(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr("janus.checkpoint.directory.save_file", full)
+        patch.setattr("janus.checkpoint.sharded.write_pieces", full)
         with pytest.raises(CheckpointError, match=r"step_00000006 could not be written, OSError on rank 0: .*No space"):
             run(tmp_path)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_00000002", "step_00000004"]
