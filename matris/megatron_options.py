@@ -25,7 +25,7 @@ _OPTIONS = {
     "model": tuple(entry.name for entry in fields(ModelConfig) if entry.name not in TASK_FIELDS),
     "loss": tuple(entry.name for entry in fields(LossConfig)),
     # Megatron's seed must not be 0, and is that of generators which nothing here draws from.
-    "training": ("precision", "compile_kernels", "seed"),
+    "training": ("precision", "compile_kernels", "recompute", "seed"),
     "parallel": ("graph_partitioner", "expert_fp16_wire"),
 }
 """Settings of ours for which Megatron has no option."""
@@ -60,7 +60,7 @@ _OVERLAP = (
     "it waits for a gradient of every weight in every micro-batch, and one without structures or without angles has "
     "none for some"
 )
-_RECOMPUTED = "a recomputed segment has no second derivative; ours recompute by themselves (docs/decisions)"
+_RECOMPUTED = "a segment that Megatron recomputes has no second derivative; ours is recompute=selective or none"
 _SHAPES = "every micro-batch has other shapes"
 _STEPS = "the global batch is a function of the iteration: give --train-iters and a constant --global-batch-size"
 _WHOLE_SET = "every evaluation covers the validation set once, cut into --eval-iters parts"

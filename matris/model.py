@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from janus.comm.adjoint import copy, reduce
 from janus.mesh import Mesh
+from janus.ops.recompute import recomputing
 from janus.ops.segment import segment_sum
 from matris.basis.envelope import polynomial_envelope
 from matris.basis.radial import build_radial_basis
@@ -77,6 +78,7 @@ class MatRIS(MegatronModule):
         elements: atomic numbers that the model was trained on, ascending; all that it has weights for unless training
             narrows them.
         elements_of_task: the same for each task by name.
+        recomputes: whether cheap results are made again in backward passes and not kept (`janus.ops.recompute`).
     """
 
     energy_scale: Tensor
@@ -107,6 +109,7 @@ class MatRIS(MegatronModule):
         self.mesh = mesh
         self.precision = precision
         self.predicts_magmoms = True
+        self.recomputes = True
         self.elements: tuple[int, ...] = tuple(range(1, config.num_elements + 1))
         self.elements_of_task: dict[str, tuple[int, ...]] = dict.fromkeys(config.tasks, self.elements)
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
@@ -144,7 +147,8 @@ class MatRIS(MegatronModule):
             create_graph: record the derivatives, so that a loss of forces and stress has weight gradients. Without it
                 the prediction is detached. Works under `torch.no_grad` as well.
         """
-        with torch.enable_grad() if forces or stress else torch.set_grad_enabled(create_graph):
+        recording = torch.enable_grad() if forces or stress else torch.set_grad_enabled(create_graph)
+        with recording, recomputing(self.recomputes):
             positions = batch.positions.detach().requires_grad_(forces)
             strain = torch.zeros_like(batch.cell).requires_grad_() if stress else None
             energies, magmoms = self._atomic(

@@ -299,6 +299,7 @@ def _build_model(config: TrainConfig, hyper: ModelConfig, statistics: dict[str, 
         model.elements, model.elements_of_task = (), dict.fromkeys(hyper.tasks, ())
     else:
         model = load_model(config.init_from, precision=precision, mesh=mesh, experts=experts)
+    model.recomputes = config.training.recompute == "selective"
     of_base = dict(model.elements_of_task) if hyper.tasks else {"": model.elements}
     found = frozenset().union(*(entry.elements for entry in statistics.values()))
     model.elements = tuple(sorted(found.union(model.elements)))

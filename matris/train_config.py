@@ -307,6 +307,9 @@ class TrainingConfig:
             and loss stay in at least fp32; `fp64`.
         compile_kernels: compile chains of element-wise operations with torch.compile, which takes up to a minute at the
             start of a run and saves about a tenth of a step; needs a C++ compiler (CPU) or Triton (CUDA).
+        recompute: `selective` makes the results of element-wise operations again in backward passes instead of keeping
+            them, in the force pass and in the second backward pass alike: the same bits with about half the memory of
+            activations; `none` keeps them.
         seed: of the initial weights, the shuffling and the validation split.
         device: `auto` (a GPU per rank where there are GPUs), `cpu` or `cuda`.
         resume: `auto` continues from the newest valid checkpoint in `output`, `never` refuses an `output` with
@@ -325,6 +328,7 @@ class TrainingConfig:
     async_save: bool = True
     precision: Literal["fp32", "tf32", "bf16-mixed", "fp64"] = "fp32"
     compile_kernels: bool = False
+    recompute: Literal["none", "selective"] = "selective"
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     resume: str = "auto"

@@ -120,7 +120,7 @@ class Case:
 
 # Making cases --------------------------------------------------------------------------------------------------------
 
-_MAIN_ONLY = ("finish", "removal", "export", "files in checkpoints", "files in best", "files in last")
+_MAIN_ONLY = ("finish", "flush", "removal", "export", "files in checkpoints", "files in best", "files in last")
 _SAVING = ("save", "shard", "finish", "flush", "removal", "files in checkpoints")
 _COMPUTING = ("step", "gradients", "update", "evaluation", "evaluation batch")
 _INTERRUPTED = Strike(act="kill", place="step", call=8, everyone=True)

@@ -13,6 +13,7 @@ Notation, per row and half (core or gate), m() the mean over channels:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch.nn import functional
 
 from janus.ops.demand import wants_gradient
 from janus.ops.fused import fusable
+from janus.ops.recompute import recomputable
 from janus.ops.recorded import recorded_gradients
 from janus.ops.rowwise import map_rows
 
@@ -80,7 +82,9 @@ class _GatedNorm(torch.autograd.Function):
             g_weight, g_bias = results[2:] or (None, None)
             return results[0], results[1], g_weight, None if bias is None else g_bias, None, None
         if not affine:
-            return *_GatedNormGrad.apply(core, gate, weight, bias, grad, ctx.norm), None, None, None, None
+            inputs = (core, gate, weight, bias, grad)
+            results = recomputable(_GatedNormGrad.apply(*inputs, ctx.norm), partial(_gradients, **ctx.norm), *inputs)
+            return *results, None, None, None, None
 
         def plain(core: Tensor, gate: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             return plain_gated_norm(core, gate, weight, bias, **ctx.norm)
@@ -95,11 +99,7 @@ class _GatedNormGrad(torch.autograd.Function):
     def forward(ctx: Any, core: Tensor, gate: Tensor, weight: Tensor, bias: Tensor | None, grad: Tensor, norm: dict):
         ctx.save_for_backward(core, gate, weight, bias, grad)
         ctx.norm = norm
-
-        def first(core: Tensor, gate: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
-            return _first_derivative(core, gate, weight, bias, grad, affine=False, **norm)
-
-        return map_rows(first, (core, gate, grad))
+        return _gradients(core, gate, weight, bias, grad, **norm)
 
     @staticmethod
     def backward(ctx: Any, v_core: Tensor, v_gate: Tensor):
@@ -120,6 +120,15 @@ class _GatedNormGrad(torch.autograd.Function):
         rows = (core, gate, grad, v_core, v_gate)
         g_core, g_gate, g_grad, g_weight, g_bias = map_rows(second, rows, num_summed=2)
         return g_core, g_gate, g_weight, None if bias is None else g_bias, g_grad, None
+
+
+def _gradients(core, gate, weight, bias, grad, *, eps: float, center: bool) -> tuple[Tensor, ...]:
+    """Of core and gate alone."""
+
+    def first(core: Tensor, gate: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+        return _first_derivative(core, gate, weight, bias, grad, affine=False, eps=eps, center=center)
+
+    return map_rows(first, (core, gate, grad))
 
 
 def _mean(v: Tensor) -> Tensor:

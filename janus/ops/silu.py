@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from janus.ops.fused import fusable
+from janus.ops.recompute import recomputable
 from janus.ops.rowwise import map_rows
 
 
@@ -18,7 +19,7 @@ def silu(x: Tensor) -> Tensor:
     torch's own SiLU records its backward as a chain of element-wise operations, each of which keeps its operands when
     the force pass is recorded; this one keeps the input and the incoming gradient.
     """
-    return _SiLU.apply(x)
+    return recomputable(_SiLU.apply(x), functional.silu, x)
 
 
 class _SiLU(torch.autograd.Function):
@@ -30,7 +31,7 @@ class _SiLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        return _SiLUGrad.apply(x, grad)
+        return recomputable(_SiLUGrad.apply(x, grad), _first_derivative, x, grad)
 
 
 class _SiLUGrad(torch.autograd.Function):
@@ -39,7 +40,7 @@ class _SiLUGrad(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, grad: Tensor) -> Tensor:
         ctx.save_for_backward(x, grad)
-        return torch.ops.aten.silu_backward(grad, x)
+        return _first_derivative(x, grad)
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,6 +50,10 @@ class _SiLUGrad(torch.autograd.Function):
             curvature = sigmoid * (1 - sigmoid) * (2 + x * (1 - 2 * sigmoid))
             return cotangent * grad * curvature, _SiLUGrad.apply(x, cotangent)
         return map_rows(_second_derivative, (x, grad, cotangent))
+
+
+def _first_derivative(x: Tensor, grad: Tensor) -> Tensor:
+    return torch.ops.aten.silu_backward(grad, x)
 
 
 @fusable

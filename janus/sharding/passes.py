@@ -37,6 +37,7 @@ from torch.autograd import Variable
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from janus.comm.collectives import PendingTensor
+from janus.ops.recompute import saving
 from janus.sharding.unit import Unit
 
 _Saved = tuple[int, torch.Size, tuple[int, ...], int]
@@ -104,7 +105,7 @@ class Passes:
         self._training, self._callback_is_set = training, False
         self._arrived, self._uses = arrived, {}
         self._plan, self._trace = self._plans.get(training, []), []
-        hooks = nullcontext() if self.keep else torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+        hooks = nullcontext() if self.keep else saving(self._pack, self._unpack)
         try:
             with hooks:
                 yield

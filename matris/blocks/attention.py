@@ -7,9 +7,11 @@ from torch import Tensor, nn
 
 from janus.comm.adjoint import all_gather, copy, gather
 from janus.ops.attention import attention_terms
-from matris.blocks.edges import EdgeSet, PendingHalo, Rows
+from janus.ops.recompute import recomputable
+from janus.ops.segment import gather_rows
+from matris.blocks.edges import EdgeSet, PendingHalo
 from matris.blocks.module import GatedMLP, MatRISConfig, MegatronModule, column_parallel
-from matris.blocks.moe import RoutedExperts
+from matris.blocks.moe import RoutedExperts, join
 
 LOGIT_CAP = 10.0
 """Bound of the smooth attention's logits. exp(+-10) is far from the limits of fp32, so no running maximum is needed."""
@@ -55,44 +57,50 @@ class SeparableAttention(MegatronModule):
         coming_nodes, coming_edges = graph.sources.start_borrow(own_nodes), graph.features.start_borrow(own_edges)
         update = self.update.project(0, own_nodes)  # needs nothing of other ranks
         local_edges = coming_edges.wait()
-        target_logits, source_logits = graph.spread(self.logits(local_edges)).split(self.width, dim=1)
+        logits = graph.spread(self.logits(local_edges))
         inner = graph.spread(self.message.project(0, local_edges))
         local_nodes = coming_nodes.wait()
         inner = inner.add_(self.message.project(1, local_nodes).index_select(0, graph.target))
         inner = inner.add_(self.message.project(2, local_nodes).index_select(0, graph.source))
         routed = None
         if self.message_experts is not None:
-            at_target, at_source = (local_nodes.index_select(0, node) for node in (graph.target, graph.source))
-            token = torch.cat([graph.spread(local_edges), at_target, at_source], dim=1)
+            at_target, at_source = (gather_rows(local_nodes, node) for node in (graph.target, graph.source))
+            token = join(graph.spread(local_edges), at_target, at_source)
             assert element is not None, "experts are chosen by element"
             routed = self.message_experts(token, element.index_select(0, graph.target))
         message = self.message.finish(inner, routed)
-        value = graph.envelope * message if self.smooth else message
-        from_source = self._start_sums(source_logits, value, graph.envelope, graph.source, graph.sources)
-        from_target = self._start_sums(target_logits, value, graph.envelope, graph.target, graph.targets)
+        from_target, from_source = self._start_sums(logits, message, graph)
         edge_update = graph.average(message)
         mean_target, mean_source = self._mean(from_target), self._mean(from_source)
         update = update + self.update.project(1, mean_target) + self.update.project(2, mean_source)
         routed = None
         if self.update_experts is not None:
-            routed = self.update_experts(torch.cat([own_nodes, mean_target, mean_source], dim=1), element)
+            routed = self.update_experts(join(own_nodes, mean_target, mean_source), element)
         return (
             torch.addcmul(gather(self.update.finish(update, routed), self.tensor, dim=1), self.node_residual, nodes),
             torch.addcmul(gather(edge_update, self.tensor, dim=1), self.edge_residual, edges),
         )
 
     def _start_sums(
-        self, logits: Tensor, value: Tensor, envelope: Tensor, node: Tensor, rows: Rows
-    ) -> tuple[PendingHalo, PendingHalo]:
-        """Numerator and denominator of the softmax-weighted mean over each node's edges, on the way to its owner."""
+        self, logits: Tensor, message: Tensor, graph: EdgeSet
+    ) -> tuple[tuple[PendingHalo, PendingHalo], tuple[PendingHalo, PendingHalo]]:
+        """Numerator and denominator of the softmax-weighted mean over each node's edges, on the way to its owner; for
+        edges as their target and as their source."""
+        nodes = (graph.target, graph.targets), (graph.source, graph.sources)
         if self.smooth:
-            weight, value = attention_terms(logits, value, envelope, cap=LOGIT_CAP)
+            value = recomputable(graph.envelope * message, torch.mul, graph.envelope, message)
+            terms = attention_terms(logits, value, graph.envelope, cap=LOGIT_CAP)
         else:
             # Released weights: no envelope and no bound, so the largest logit of each node is taken off. It cancels,
             # hence carries no gradient.
-            logits = logits - rows.max(logits, node).index_select(0, node)
-            weight, value = attention_terms(logits, value, None, cap=None)
-        return rows.start_return(rows.sum(value, node)), rows.start_return(rows.sum(weight, node))
+            parts = zip(logits.split(self.width, dim=1), nodes, strict=True)
+            largest = [rows.max(part, node).index_select(0, node) for part, (node, rows) in parts]
+            terms = attention_terms(logits - torch.cat(largest, dim=1), message, None, cap=None)
+        sums = [
+            (rows.start_return(rows.sum(value, node)), rows.start_return(rows.sum(weight, node)))
+            for weight, value, (node, rows) in zip(terms[::2], terms[1::2], nodes, strict=True)
+        ]
+        return sums[0], sums[1]
 
     def _mean(self, sums: tuple[PendingHalo, PendingHalo]) -> Tensor:
         """The mean for each owned node with the channels of all tensor ranks, (N, width)."""

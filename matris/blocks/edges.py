@@ -8,7 +8,7 @@ from torch import Tensor
 
 from janus.graph_parallel.halo import HaloPlan, PendingHalo, max_halo, reduce_halo, start_gather_halo, start_reduce_halo
 from janus.mesh import Axis
-from janus.ops.segment import segment_max, segment_sum
+from janus.ops.segment import gather_rows, segment_max, segment_sum
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ class EdgeSet:
 
     def spread(self, features: Tensor) -> Tensor:
         """From local rows of edge features to directed edges, (E, width)."""
-        return features if self.undirected is None else features.index_select(0, self.undirected)
+        return features if self.undirected is None else gather_rows(features, self.undirected)
 
     def average(self, rows: Tensor) -> Tensor:
         """From directed edges (E, width) to owned rows of edge features: mean of both directions."""

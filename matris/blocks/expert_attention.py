@@ -6,10 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from janus.comm.adjoint import copy, gather
+from janus.ops.recompute import recomputable
+from janus.ops.segment import gather_rows
 from matris.blocks.attention import DELTA, LOGIT_CAP
 from matris.blocks.edges import EdgeSet, PendingHalo, Rows
 from matris.blocks.module import GatedMLP, MatRISConfig, MegatronModule, column_parallel, row_parallel
-from matris.blocks.moe import RoutedExperts
+from matris.blocks.moe import RoutedExperts, join
 
 
 class ExpertAttention(MegatronModule):
@@ -53,26 +55,22 @@ class ExpertAttention(MegatronModule):
         inner = graph.spread(self.message.project(0, local_edges))
         inner = inner.add_(self.message.project(1, local_nodes).index_select(0, graph.target))
         inner = inner.add_(self.message.project(2, local_nodes).index_select(0, graph.source))
-        token = torch.cat(
-            [
-                graph.spread(local_edges),
-                local_nodes.index_select(0, graph.target),
-                local_nodes.index_select(0, graph.source),
-            ],
-            dim=1,
+        token = join(
+            graph.spread(local_edges), gather_rows(local_nodes, graph.target), gather_rows(local_nodes, graph.source)
         )
         routed = self.message_experts(token, element.index_select(0, graph.target))
         message = self.message.finish(inner, routed)
         whole = copy(gather(message, self.tensor, dim=1), self.tensor)
         queries, keys = self.query(local_nodes).split(self.width, dim=1), self.key(whole).split(self.width, dim=1)
-        value = graph.envelope * self.value(whole)
+        value = self.value(whole)
+        value = recomputable(graph.envelope * value, torch.mul, graph.envelope, value)
         from_source = self._start_sums(queries[1], keys[1], value, graph.envelope, graph.source, graph.sources)
         from_target = self._start_sums(queries[0], keys[0], value, graph.envelope, graph.target, graph.targets)
         edge_update = graph.average(message)
         at_target = copy(self.target_output(self._mean(from_target)), self.tensor)
         at_source = copy(self.source_output(self._mean(from_source)), self.tensor)
         update = update + self.update.project(1, at_target) + self.update.project(2, at_source)
-        routed = self.update_experts(torch.cat([own_nodes, at_target, at_source], dim=1), element)
+        routed = self.update_experts(join(own_nodes, at_target, at_source), element)
         return (
             torch.addcmul(gather(self.update.finish(update, routed), self.tensor, dim=1), self.node_residual, nodes),
             torch.addcmul(gather(edge_update, self.tensor, dim=1), self.edge_residual, edges),
@@ -83,7 +81,7 @@ class ExpertAttention(MegatronModule):
     ) -> tuple[PendingHalo, PendingHalo]:
         """Numerators (N, heads, width) and denominators (N, heads, 1) of the attention, on the way to their owners."""
         heads = (-1, self.width // self.head_width, self.head_width)
-        logits = (query.index_select(0, node) * key).view(heads).sum(dim=2, keepdim=True) / self.head_width**0.5
+        logits = (gather_rows(query, node) * key).view(heads).sum(dim=2, keepdim=True) / self.head_width**0.5
         weight = envelope[:, :, None] * (LOGIT_CAP * (logits / LOGIT_CAP).tanh()).exp()
         return (
             rows.start_return(rows.sum(weight * value.view(heads), node)),

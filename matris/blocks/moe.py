@@ -18,7 +18,8 @@ from janus.comm.collectives import start_all_gather
 from janus.expert_parallel.dispatcher import PlannedTokenDispatcher
 from janus.expert_parallel.plan import ExpertPlan, expert_load, fixed_plan, plan_experts
 from janus.ops.grouped import grouped_linear
-from janus.ops.segment import segment_sum
+from janus.ops.recompute import recomputable
+from janus.ops.segment import gather_rows, segment_sum
 from janus.ops.silu import silu
 from matris.blocks.module import MatRISConfig, MegatronModule, ShardedTensor, SplitModule, split_parameter
 
@@ -100,7 +101,7 @@ class RoutedExperts(SplitModule):
         token = order.div(self.router.topk, rounding_mode="floor")
         counts = torch.bincount(expert, minlength=self.num_experts)
         gate = gates.index_select(0, element).flatten().index_select(0, order)
-        core, gated = self._products(x.index_select(0, token), gate, counts)
+        core, gated = self._products(gather_rows(x, token), gate, counts)
         return segment_sum(core, token, len(x)), segment_sum(gated, token, len(x))
 
     def _over_ranks(self, x: Tensor, element: Tensor, experts: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,9 +126,15 @@ class RoutedExperts(SplitModule):
     def _products(self, rows: Tensor, gate: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (N, in_features) in the order of their experts, with the gates (N,) of these, to core and gate."""
         inner = grouped_linear(rows, self.inner.flatten(1, 2), counts, dtype=self.matmul_dtype)
-        for_core, for_gate = (silu(inner) * gate[:, None]).split(self.hidden, dim=1)
+        hidden, gate = silu(inner), gate[:, None]
+        for_core, for_gate = recomputable(hidden * gate, torch.mul, hidden, gate).split(self.hidden, dim=1)
         core = grouped_linear(for_core, self.core, counts, dtype=self.matmul_dtype)
         return core, grouped_linear(for_gate, self.gate, counts, dtype=self.matmul_dtype)
+
+
+def join(*features: Tensor) -> Tensor:
+    """Tokens (T, in_features), from features of the same rows; not kept for backward passes."""
+    return recomputable(torch.cat(features, dim=1), lambda *parts: torch.cat(parts, dim=1), *features)
 
 
 def plan_sites(sites: Sequence[RoutedExperts], tokens: Sequence[Tensor]) -> None:

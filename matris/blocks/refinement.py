@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from janus.comm.adjoint import all_gather, copy
+from janus.ops.segment import gather_rows
 from matris.blocks.edges import EdgeSet
 from matris.blocks.module import FeedForward, GatedMLP, MatRISConfig, MegatronModule, column_parallel
 
@@ -94,7 +95,7 @@ class LineRefinement(_Refinement):
         inner = inner.add_(self.message.project(3, local_edges).index_select(0, graph.source))
         message = self.message.finish(inner)
         # The target's factor is the same for all its angles: it is applied to their sum.
-        enveloped = envelope.index_select(0, graph.source) * message
+        enveloped = gather_rows(envelope, graph.source) * message
         received = graph.targets.start_return(envelope * graph.targets.sum(enveloped, graph.target))
         if update_angles:
             angles = torch.addcmul(self.edge_ffn(self._whole(message)), self.edge_residual, angles)

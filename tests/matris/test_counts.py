@@ -1,9 +1,11 @@
 """What a training step computes, counted: matrix-product FLOPs against the forward pass's."""
 
+import pytest
 import torch
 from ase.build import bulk
 from torch.utils.flop_counter import FlopCounterMode
 
+from janus.ops import recompute
 from matris.config import ModelConfig
 from matris.model import MatRIS
 from tests.matris.structures import TINY, batch_of, rattled
@@ -38,3 +40,36 @@ def test_a_step_costs_six_forward_passes():
     one = count(forward)
     assert 1.95 <= count(forces) / one <= 2.0
     assert 5.8 <= count(step) / one <= 6.05
+
+
+@pytest.mark.parametrize("num_layers", [2, 3])
+def test_what_an_angle_keeps_until_the_second_backward_pass(num_layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers per angle, in units of the width: what products make and take, and no result of anything cheaper.
+
+    Of a block in the forward pass: both attentions' and refinements' inputs (2), logits (2), inner layers (4), core and
+    gate (4), messages (2), the hidden layer of the feed-forward net (1). In the force pass: what arrives at the hidden
+    layers from behind (5), at the messages (2), and at the block's angles (2). The last block has no feed-forward net.
+    """
+    config = ModelConfig(**{**vars(CONFIG), "num_layers": num_layers})
+    model, batch = MatRIS(config, seed=0), batch_of(rattled(bulk("Cu", cubic=True)), config=config)
+    kept: dict[int, torch.Tensor] = {}
+    pack = recompute._Recomputation.pack
+
+    def watched(self: recompute._Recomputation, saved: torch.Tensor) -> object:
+        packed = pack(self, saved)
+        of_angles = saved.ndim == 2 and len(saved) == batch.num_angles and saved.shape[1] >= config.hidden_size
+        if isinstance(packed, recompute._Kept) and of_angles:
+            kept[saved.untyped_storage()._cdata] = saved
+        return packed
+
+    monkeypatch.setattr(recompute._Recomputation, "pack", watched)
+
+    def units() -> int:
+        found = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+        return found // (batch.num_angles * config.hidden_size * 4)
+
+    model.recomputes = True
+    with torch.enable_grad():
+        prediction = model(batch, create_graph=True)
+    assert units() == (15 + 9) * num_layers - 4 + 2  # and the angles' embedding
+    assert prediction.forces.requires_grad

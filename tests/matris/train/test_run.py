@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,16 @@ def test_compiled_kernels_change_nothing_but_the_time(folder: Path, capsys: pyte
         found.append(weights(output))
     for name, value in found[0].items():
         torch.testing.assert_close(found[1][name], value, rtol=1e-9, atol=1e-11)
+
+
+def test_recomputation_changes_no_bit(folder: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    used = []
+    monkeypatch.setattr("matris.model.recomputing", lambda enabled: used.append(enabled) or nullcontext())
+    output = folder / "kept"
+    assert main(options(folder, output, recompute="none")) == 0
+    assert used[0] is False
+    for name, value in weights(finished).items():
+        assert torch.equal(weights(output)[name], value), name
 
 
 def test_two_ranks_stop_on_a_signal_and_one_goes_on(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
