@@ -37,6 +37,7 @@ LEVELS = {
         ("matris", "matris.units", "matris.elements", "matris.config", "matris.simulation_config", "matris.writable"),
         (
             "matris.ase_files",
+            "matris.cost",
             "matris.train_config",
             "matris.model_card",
             "matris.presets",
