@@ -54,6 +54,10 @@ class Prediction:
         return self.interaction_energy + self.reference_energy
 
 
+RECOMPUTE_BYTES = 1 << 22
+"""Results that stay in a processor's cache cost less to keep than to make again."""
+
+
 class MatRIS(MegatronModule):
     """The MatRIS potential (arXiv 2603.02002).
 
@@ -78,7 +82,8 @@ class MatRIS(MegatronModule):
         elements: atomic numbers that the model was trained on, ascending; all that it has weights for unless training
             narrows them.
         elements_of_task: the same for each task by name.
-        recomputes: whether cheap results are made again in backward passes and not kept (`janus.ops.recompute`).
+        recompute_bytes: results of so many bytes, if they are cheap, are made again in backward passes and not kept
+            (`janus.ops.recompute`); None keeps all.
     """
 
     energy_scale: Tensor
@@ -109,7 +114,7 @@ class MatRIS(MegatronModule):
         self.mesh = mesh
         self.precision = precision
         self.predicts_magmoms = True
-        self.recomputes = True
+        self.recompute_bytes: int | None = RECOMPUTE_BYTES
         self.elements: tuple[int, ...] = tuple(range(1, config.num_elements + 1))
         self.elements_of_task: dict[str, tuple[int, ...]] = dict.fromkeys(config.tasks, self.elements)
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
@@ -148,7 +153,7 @@ class MatRIS(MegatronModule):
                 the prediction is detached. Works under `torch.no_grad` as well.
         """
         recording = torch.enable_grad() if forces or stress else torch.set_grad_enabled(create_graph)
-        with recording, recomputing(self.recomputes):
+        with recording, recomputing(self.recompute_bytes):
             positions = batch.positions.detach().requires_grad_(forces)
             strain = torch.zeros_like(batch.cell).requires_grad_() if stress else None
             energies, magmoms = self._atomic(

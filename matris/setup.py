@@ -23,7 +23,7 @@ from matris.data.records import LABEL_NAMES
 from matris.elements import SYMBOLS
 from matris.evaluation import Portions, collate_for, evaluation_source
 from matris.exported import load_model, read_config
-from matris.model import MatRIS
+from matris.model import RECOMPUTE_BYTES, MatRIS
 from matris.precision import set_precision
 from matris.reference_fit import LabelStatistics, reference_energies, statistics_by_task
 from matris.run_data import Datasets, open_datasets
@@ -299,7 +299,7 @@ def _build_model(config: TrainConfig, hyper: ModelConfig, statistics: dict[str, 
         model.elements, model.elements_of_task = (), dict.fromkeys(hyper.tasks, ())
     else:
         model = load_model(config.init_from, precision=precision, mesh=mesh, experts=experts)
-    model.recomputes = config.training.recompute == "selective"
+    model.recompute_bytes = {"none": None, "selective": RECOMPUTE_BYTES, "all": 0}[config.training.recompute]
     of_base = dict(model.elements_of_task) if hyper.tasks else {"": model.elements}
     found = frozenset().union(*(entry.elements for entry in statistics.values()))
     model.elements = tuple(sorted(found.union(model.elements)))

@@ -307,14 +307,16 @@ class TrainingConfig:
             and loss stay in at least fp32; `fp64`.
         compile_kernels: compile chains of element-wise operations with torch.compile, which takes up to a minute at the
             start of a run and saves about a tenth of a step; needs a C++ compiler (CPU) or Triton (CUDA).
-        recompute: `selective` makes the results of element-wise operations again in backward passes instead of keeping
-            them, in the force pass and in the second backward pass alike: the same bits with about half the memory of
-            activations; `none` keeps them.
+        recompute: `selective` makes large results of element-wise operations (4 MiB and more) again in backward passes
+            instead of keeping them, in the force pass and in the second backward pass alike: the same bits with less
+            memory; `all` those of any size, `none` keeps them.
         seed: of the initial weights, the shuffling and the validation split.
         device: `auto` (a GPU per rank where there are GPUs), `cpu` or `cuda`.
         resume: `auto` continues from the newest valid checkpoint in `output`, `never` refuses an `output` with
             checkpoints, else the path of a checkpoint to begin with.
         wandb_project: also log to this Weights & Biases project (extra `wandb`).
+        peak_tflops: TFLOP/s of matrix products that one rank's device reaches at best, which the log's `mfu` is a share
+            of; by default that of a known GPU, and on CPU what a large product reaches at the start of the run.
     """
 
     output: str = "runs/matris"
@@ -328,11 +330,12 @@ class TrainingConfig:
     async_save: bool = True
     precision: Literal["fp32", "tf32", "bf16-mixed", "fp64"] = "fp32"
     compile_kernels: bool = False
-    recompute: Literal["none", "selective"] = "selective"
+    recompute: Literal["none", "selective", "all"] = "selective"
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     resume: str = "auto"
     wandb_project: str | None = None
+    peak_tflops: float | None = None
 
     def __post_init__(self) -> None:
         if (self.train_iters is None) == (self.train_epochs is None):
@@ -345,6 +348,8 @@ class TrainingConfig:
                 _check_at_least(f"training.{name}", value, 1)
         for name in ("keep_every", "seed"):
             _check_at_least(f"training.{name}", getattr(self, name), 0)
+        if self.peak_tflops is not None and not self.peak_tflops > 0.0:
+            raise ValueError(f"training.peak_tflops is {self.peak_tflops}: it must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)

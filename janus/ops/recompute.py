@@ -11,6 +11,7 @@ themselves, so nothing more is kept for it.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,16 +46,16 @@ def saving(pack: Pack, unpack: Unpack) -> Iterator[None]:
 
 
 @contextmanager
-def recomputing(enabled: bool) -> Iterator[None]:
+def recomputing(at_least: int | None) -> Iterator[None]:
     """Inside, results that are `recomputable` are not saved by what is recorded; its backward passes may run outside.
 
     Args:
-        enabled: False changes nothing.
+        at_least: bytes of a result; a smaller one is kept. None changes nothing.
     """
-    if not enabled:
+    if at_least is None:
         yield
         return
-    before, recomputation = _Current.recomputation, _Recomputation(_Current.pack, _Current.unpack)
+    before, recomputation = _Current.recomputation, _Recomputation(at_least, _Current.pack, _Current.unpack)
     _Current.recomputation = recomputation
     try:
         with torch.autograd.graph.saved_tensors_hooks(recomputation.pack, recomputation.unpack):
@@ -78,6 +79,10 @@ def recomputable(outputs: Outputs, function: Callable[..., Outputs], *inputs: Te
 
 
 _RECIPE = "janus_recipe"
+"""Name of the attribute of a storage."""
+_RECENT = 8
+"""Results that are held after they were made again, for neighbouring operations want the same ones; so many cover what
+the derivatives of one attention share."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -119,13 +124,14 @@ class _Recomputation:
     A storage carries its recipe as an attribute of its Python object, which lives as long as the storage does.
     """
 
-    def __init__(self, pack: Pack | None, unpack: Unpack | None) -> None:
-        self._pack, self._unpack = pack, unpack
-        # Of the recipe that was followed last: the parts of a result are often wanted one after the other.
-        self._last: tuple[_Recipe, tuple[Tensor, ...]] | None = None
+    def __init__(self, at_least: int, pack: Pack | None, unpack: Unpack | None) -> None:
+        self._at_least, self._pack, self._unpack = at_least, pack, unpack
+        self._recent: OrderedDict[_Recipe, tuple[Tensor, ...]] = OrderedDict()
 
     def know(self, outputs: Tensor | tuple[Tensor, ...], function: Callable[..., Any], inputs: tuple) -> None:
         results = outputs if isinstance(outputs, tuple) else (outputs,)
+        if results[0].nbytes < self._at_least:
+            return
         packed = tuple(None if value is None else self.pack(value) for value in inputs)
         self._mark(_Recipe(function, packed, tuple(result.stride() for result in results)), results)
 
@@ -158,8 +164,8 @@ class _Recomputation:
         return whole.as_strided(saved.shape, saved.stride, saved.offset)
 
     def _follow(self, recipe: _Recipe) -> tuple[Tensor, ...]:
-        if self._last is not None and self._last[0] is recipe:
-            return self._last[1]
+        if (recent := self._recent.get(recipe)) is not None:
+            return recent
         inputs = [None if value is None else self.unpack(value) for value in recipe.inputs]
         with torch.no_grad():
             made = recipe.function(*inputs)
@@ -169,5 +175,7 @@ class _Recomputation:
             raise RuntimeError(f"results made again have strides {found}, and had {recipe.strides} at first")
         if torch.is_grad_enabled():  # a recorded pass may save them in turn
             self._mark(recipe, results)
-        self._last = recipe, results
+        self._recent[recipe] = results
+        if len(self._recent) > _RECENT:
+            self._recent.popitem(last=False)
         return results

@@ -68,7 +68,7 @@ def test_what_an_angle_keeps_until_the_second_backward_pass(num_layers: int, mon
         found = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
         return found // (batch.num_angles * config.hidden_size * 4)
 
-    model.recomputes = True
+    model.recompute_bytes = 0
     with torch.enable_grad():
         prediction = model(batch, create_graph=True)
     assert units() == (15 + 9) * num_layers - 4 + 2  # and the angles' embedding

@@ -81,7 +81,9 @@ def gate_config(folder: Path, data: str, precision: str = "fp64", kind: str = "d
             global_batch_size=6,
             max_atoms=30,
         ),
-        training=TrainingConfig(train_iters=NUM_STEPS, precision=precision, device="cpu", output=str(folder / "run")),
+        training=TrainingConfig(
+            train_iters=NUM_STEPS, precision=precision, device="cpu", output=str(folder / "run"), recompute="all"
+        ),
         optim=OptimConfig(
             lr=1e-2, lr_decay_style="constant", clip_grad=0.0 if experts else 0.5, ema_decay=0.9, adam_eps=1e-4
         ),

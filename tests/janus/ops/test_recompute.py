@@ -32,7 +32,7 @@ def network(x: Tensor, w: Tensor) -> Tensor:
 
 def second_gradient(function: Callable[[Tensor, Tensor], Tensor], *, enabled: bool) -> tuple[Tensor, ...]:
     x, w = rand(3, 4, seed=1), rand(4, 4, seed=2)
-    with recomputing(enabled):
+    with recomputing(0 if enabled else None):
         (force,) = torch.autograd.grad(function(x, w), x, create_graph=True)
     return force, *torch.autograd.grad(force.square().sum(), (x, w))
 
@@ -48,7 +48,7 @@ def test_result_is_not_kept() -> None:
     x, w = rand(3, 4), rand(4, 4)
 
     def is_kept(enabled: bool) -> bool:
-        with recomputing(enabled):
+        with recomputing(0 if enabled else None):
             hidden = silu(x @ w)
             storage = StorageWeakRef(hidden.untyped_storage())
             out = hidden @ w
@@ -62,6 +62,18 @@ def test_result_is_not_kept() -> None:
     assert not is_kept(True)
 
 
+def test_a_small_result_is_kept() -> None:
+    x, w = rand(3, 4), rand(4, 4)
+    for at_least, kept in ((96, False), (97, True)):
+        with recomputing(at_least):
+            hidden = silu(x @ w)  # 12 numbers
+            storage = StorageWeakRef(hidden.untyped_storage())
+            out = hidden @ w
+            del hidden
+        assert storage.expired() != kept
+        assert out.requires_grad
+
+
 def test_a_result_that_was_changed_is_kept_as_it_is() -> None:
     def changing(x: Tensor, w: Tensor) -> Tensor:
         return silu((doubled(x).add_(1.0) @ w).square()).sum()
@@ -73,7 +85,7 @@ def test_a_result_that_was_changed_is_kept_as_it_is() -> None:
 
 def test_an_input_that_was_changed_is_refused() -> None:
     x, w = rand(3, 4), rand(4, 4)
-    with recomputing(True):
+    with recomputing(0):
         before = x * 1.0
         out = doubled(before) @ w
         with torch.no_grad():
@@ -84,7 +96,7 @@ def test_an_input_that_was_changed_is_refused() -> None:
 
 def test_another_memory_layout_is_refused() -> None:
     x, w = rand(4, 4), rand(4, 4)
-    with recomputing(True):
+    with recomputing(0):
         out = recomputable(2 * x, lambda x: (2 * x).t().contiguous().t(), x) @ w
     with pytest.raises(RuntimeError, match="strides"):
         out.sum().backward()
@@ -103,7 +115,7 @@ def test_other_hooks_see_what_is_kept() -> None:
         seen.append(1)
         return w.detach().as_strided(*saved)
 
-    with saving(pack, unpack), recomputing(True):
+    with saving(pack, unpack), recomputing(0):
         product = recomputable(x @ w, torch.mm, x, w)
         (force,) = torch.autograd.grad(product.square().sum(), x, create_graph=True)
     found = torch.autograd.grad(force.square().sum(), (x, w))

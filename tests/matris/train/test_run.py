@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 import yaml
 
 from janus.checkpoint import read_directory
+from janus.ops.recompute import recomputing
 from janus.telemetry.csv_log import read_csv
 from matris.cli import main
 from matris.exported import load_model, save_model
@@ -160,13 +161,21 @@ def test_compiled_kernels_change_nothing_but_the_time(folder: Path, capsys: pyte
 
 
 def test_recomputation_changes_no_bit(folder: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    used = []
-    monkeypatch.setattr("matris.model.recomputing", lambda enabled: used.append(enabled) or nullcontext())
-    output = folder / "kept"
-    assert main(options(folder, output, recompute="none")) == 0
-    assert used[0] is False
-    for name, value in weights(finished).items():
-        assert torch.equal(weights(output)[name], value), name
+    for policy, at_least in (("none", None), ("all", 0)):
+        used: list[int | None] = []
+
+        def watched(at_least: int | None, used: list = used) -> AbstractContextManager[None]:
+            used.append(at_least)
+            return recomputing(at_least)
+
+        monkeypatch.setattr("matris.model.recomputing", watched)
+        output = folder / policy
+        assert main(options(folder, output, recompute=policy)) == 0
+        assert used[0] == at_least
+        found, expected = weights(output), weights(finished)
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert torch.equal(found[name], value), name
 
 
 def test_two_ranks_stop_on_a_signal_and_one_goes_on(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
