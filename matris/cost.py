@@ -11,8 +11,8 @@ So a step costs six forward passes but for inputs that are the same wherever the
 inputs before which nothing is trained (fixed bases), and the energy's last layer, whose g_y is constant. Recomputation
 runs no product again. `tests/matris/test_cost.py` counts what torch runs and finds the same numbers.
 
-Counted are the rows that a rank owns, as one process would compute them: rows that it borrows, and a tensor axis, change
-nothing. Sums over channels that happen to be written as products with a vector are no matrix products.
+Counted are the rows that a rank owns, as one process would compute them: rows that it borrows, and a tensor axis,
+change nothing. Sums over channels that happen to be written as products with a vector are no matrix products.
 """
 
 from __future__ import annotations
