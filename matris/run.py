@@ -21,7 +21,8 @@ from janus.comm.collectives import on_main_rank, reduce_max
 from janus.file_errors import naming
 from janus.mesh import Axis, Mesh, open_mesh
 from janus.ops.fused import compile_kernels
-from janus.telemetry import require_wandb
+from janus.telemetry import find_peak, require_wandb
+from janus.telemetry.peak import Format
 from janus.training.memory import keep_freed_memory
 from janus.training.trainer import Outcome, Trainer, TrainerConfig
 from matris.config import TASK_FIELDS, Precision
@@ -40,6 +41,8 @@ STOPPED = 143
 
 _ALLOWED = {"fp64": 1e-9, "fp32": 1e-5, "tf32": 1e-3, "bf16-mixed": 1e-2}
 """Differences that rounding and the order of sums may make between two copies of a model, by precision."""
+_PRODUCTS: dict[str, Format] = {"fp64": "fp64", "fp32": "fp32", "tf32": "tf32", "bf16-mixed": "bf16"}
+"""Formats of the matrix products, by precision."""
 _FLOORS = {"energy": 1.0, "forces": 1e-2, "stress": 1e-3, "magmoms": 1e-2}
 """eV/A, eV/A^3, muB: smaller values count as this large, for differences of zeros are rounding."""
 
@@ -115,6 +118,7 @@ def _train(config: TrainConfig, setup: Setup, mesh: Mesh, output: Path) -> Outco
             "training": {key: settings["training"][key] for key in settings["training"] if key != "resume"},
         },
         provenance={"janus_matris": janus.__version__, "torch": torch.__version__, "settings": settings},
+        peak=find_peak(mesh.device, _PRODUCTS[training.precision], given_tflops=training.peak_tflops),
     )
     trainer.resume()
     if config.init_from is not None and setup.learner.step == 0:

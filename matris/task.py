@@ -11,10 +11,11 @@ import torch
 
 from janus.training.task import MicroLoss
 from matris.config import LossConfig
+from matris.cost import Counts, Derivatives, step_flops
 from matris.data.dataset import MicroBatch
 from matris.elements import SYMBOLS
 from matris.exported import save_model
-from matris.graph.batch import LabelTotals
+from matris.graph.batch import GraphBatch, LabelTotals
 from matris.loss import force_matching_loss
 from matris.metrics import METRIC_NAMES, QUANTITIES, error_sums, metrics, metrics_line
 from matris.model import MatRIS, Prediction
@@ -75,7 +76,22 @@ class MatRISTask:
             total=terms.total,
             sums=torch.cat([torch.stack(values).detach(), errors.flatten(), self._plan_sums(errors)]),
             num_edges=batch.graph.num_edges,
+            num_flops=self._num_flops(batch.graph, totals) if training else 0.0,
         )
+
+    def _num_flops(self, graph: GraphBatch, totals: LabelTotals) -> float:
+        """Of the three passes of a training step."""
+        forces, stress = self._wanted(totals, training=True)
+        counts = Counts(
+            structures=graph.num_structures,
+            atoms=graph.num_atoms,
+            edges=graph.num_edges,
+            undirected=graph.num_undirected,
+            angles=graph.num_angles,
+        )
+        magmoms = self.loss_config.magmoms_weight > 0.0 and totals.magmoms_atoms > 0
+        derivatives = Derivatives(forces=forces, stress=stress, magmoms=magmoms)
+        return float(step_flops(self.model.hyper, counts, derivatives).step)
 
     def _plan_sums(self, like: torch.Tensor) -> torch.Tensor:
         """Sums of `_PLAN` over the sites of experts, and how many those are; nothing without an expert axis."""
@@ -91,10 +107,15 @@ class MatRISTask:
 
     def predict(self, batch: MicroBatch, totals: LabelTotals, *, training: bool) -> Prediction:
         """What the loss needs, or all that has labels: decided by the global totals, alike on all ranks."""
+        forces, stress = self._wanted(totals, training=training)
+        return self.model(batch.graph, forces=forces, stress=stress, create_graph=training)
+
+    def _wanted(self, totals: LabelTotals, *, training: bool) -> tuple[bool, bool]:
+        """Whether forces and stress are."""
         weights = self.loss_config
         forces = totals.forces_structures > 0 and (weights.forces_weight > 0.0 or not training)
         stress = totals.stress_structures > 0 and (weights.stress_weight > 0.0 or not training)
-        return self.model(batch.graph, forces=forces, stress=stress, create_graph=training)
+        return forces, stress
 
     def identifiers(self, micro_batch: MicroBatch) -> Sequence[str]:
         """`file:frame` of each structure."""

@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 
 from janus.checkpoint import read_directory
 from janus.telemetry.csv_log import read_csv
+from janus.training.trainer import SPEEDS
 from tools.fault_hooks import Hooks, Moment, Plan, valid_steps
 
 STEPS, SAVE_INTERVAL, EVAL_INTERVAL, KEEP_LAST, KEEP_EVERY = 10, 2, 2, 2, 6
@@ -37,7 +38,7 @@ TOLERANCE = 1e-10
 """Largest difference of fp64 weights of other layouts, relative to the largest of a tensor."""
 _VALID = (1, 2, 5, 16)
 """Structures of the validation set: with these the dense model is best at the end, that with experts in the middle."""
-_TIMES = ("structures_per_s", "edges_per_s", "seconds")
+_TIMES = (*SPEEDS, "seconds")
 """Columns of the log that differ from run to run; those of experts differ from layout to layout."""
 
 

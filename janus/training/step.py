@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from janus.comm.collectives import gather_objects, reduce_sums
 from janus.mesh import Mesh
+from janus.telemetry import Stopwatch
 from janus.training.learner import Learner
 from janus.training.task import Batch, MicroLoss, Task
 
@@ -29,14 +30,18 @@ class StepReport:
     Attributes:
         sums: (Task.num_sums,) float64 over the global batch.
         num_edges: edges of the global batch.
+        num_flops: `MicroLoss.num_flops` of the global batch.
         grad_norm: 2-norm of the gradient before clipping.
         stop: whether any rank wants to stop.
+        computing: this rank's forward and backward passes; not equal on all ranks.
     """
 
     sums: np.ndarray
     num_edges: int
+    num_flops: float
     grad_norm: float
     stop: bool
+    computing: Stopwatch
 
 
 def train_step(
@@ -55,12 +60,15 @@ def train_step(
         NonFiniteError: on all ranks.
     """
     learner.zero_gradients()
+    computing = Stopwatch(mesh.device)
     losses = accumulate_gradients(task, batch.micro_batches, totals, learner, update=learner.updates_early)
+    computing.stop()
     learner.sum_gradients()
-    own = torch.zeros(task.num_sums + 2, dtype=torch.float64, device=mesh.device)
+    own = torch.zeros(task.num_sums + 3, dtype=torch.float64, device=mesh.device)
     for loss in losses:
-        own[:-2] += loss.sums
-        own[-2] += loss.num_edges
+        own[:-3] += loss.sums
+        own[-3] += loss.num_edges
+        own[-2] += loss.num_flops
     own[-1] = float(stop)
     sums = reduce_sums(own, mesh).cpu().numpy()
     grad_norm = learner.clip()
@@ -68,7 +76,14 @@ def train_step(
     if not (math.isfinite(grad_norm) and np.isfinite(sums).all()):
         raise NonFiniteError(_complaint(task, batch, losses, grad_norm, mesh))
     learner.update()
-    return StepReport(sums=sums[:-2], num_edges=round(sums[-2]), grad_norm=grad_norm, stop=sums[-1] > 0)
+    return StepReport(
+        sums=sums[:-3],
+        num_edges=round(sums[-3]),
+        num_flops=float(sums[-2]),
+        grad_norm=grad_norm,
+        stop=sums[-1] > 0,
+        computing=computing,
+    )
 
 
 def accumulate_gradients(
@@ -89,7 +104,7 @@ def accumulate_gradients(
             if loss.total.requires_grad:
                 # The weights alone: gradients on positions and strain would cost time and mean nothing.
                 loss.total.backward(inputs=learner.weights.leaves)
-        losses.append(MicroLoss(total=loss.total.detach(), sums=loss.sums, num_edges=loss.num_edges))
+        losses.append(replace(loss, total=loss.total.detach()))
     return losses
 
 

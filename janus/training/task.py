@@ -21,11 +21,13 @@ class MicroLoss:
         sums: (Task.num_sums,) float64, detached: whatever adds up over micro-batches and ranks (loss terms, error
             sums and their counts; what several ranks know is counted by one); `Task.report` reads it.
         num_edges: edges computed, for the throughput.
+        num_flops: of the matrix products, in all passes of a step, by formula; 0 where the task does not know.
     """
 
     total: Tensor
     sums: Tensor
     num_edges: int
+    num_flops: float = 0.0
 
 
 class Task(Protocol):

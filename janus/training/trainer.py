@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -13,15 +13,27 @@ from typing import Any
 import numpy as np
 
 from janus.checkpoint import Checkpoint, CheckpointError, CheckpointStore, capture_rng, restore_rng
-from janus.comm.collectives import gather_objects, on_main_rank
+from janus.comm.collectives import gather_numbers, gather_objects, on_main_rank
 from janus.comm.watch import is_of_a_collective
 from janus.mesh import ElsewhereError, Mesh
-from janus.telemetry import Progress, RunLog
+from janus.telemetry import Peak, Progress, RunLog
 from janus.training.evaluation import evaluate
 from janus.training.learner import Learner
 from janus.training.signals import stop_on_signals
 from janus.training.step import StepReport, train_step
-from janus.training.task import EvaluationSource, Task, TrainingSource
+from janus.training.task import Batch, EvaluationSource, Task, TrainingSource
+
+SPEEDS = (
+    "structures_per_s",
+    "edges_per_s",
+    "flops_per_s",
+    "mfu",
+    "straggler_ratio",
+    "data_wait",
+)
+"""Columns of the log that clocks have measured, beside `seconds` since the start: records, edges and FLOPs of matrix
+products (by formula) of all ranks, and the share of their peak; the largest time of forward and backward passes of any
+rank over the mean of all; the largest share of the time that any rank has waited for its next batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +90,7 @@ class Trainer:
             entry `records.train`, which stands for the content of the training data, must not change when a run is
             resumed; other changes are announced.
         provenance: goes into exported models.
+        peak: of a rank, which the speed is compared with; None compares it with nothing.
     """
 
     def __init__(
@@ -92,10 +105,11 @@ class Trainer:
         directory: Path,
         settings: Mapping[str, Any],
         provenance: Mapping[str, Any],
+        peak: Peak | None = None,
     ) -> None:
         self.task, self.learner, self.mesh, self.config = task, learner, mesh, config
         self.train, self.valid = train, valid
-        self.directory, self.settings, self.provenance = directory, settings, provenance
+        self.directory, self.settings, self.provenance, self.peak = directory, settings, provenance, peak
         self.store = CheckpointStore(
             directory / "checkpoints",
             mesh,
@@ -125,7 +139,7 @@ class Trainer:
                 self._evaluate()
             pending: list[StepReport] = []
             batches = self.train.batches(learner.step) if learner.step < num_steps else ()
-            for batch in batches:
+            for batch in self._timed(batches):
                 self.mesh.watch.step = learner.step + 1
                 rate = learner.learning_rate
                 totals = self.train.totals(batch.indices)
@@ -166,8 +180,10 @@ class Trainer:
     @contextmanager
     def _logs(self) -> Iterator[None]:
         """Progress and log, open inside of the block."""
-        columns = ("lr", "grad_norm", "structures_per_s", "edges_per_s", "seconds", *self.task.columns)
+        columns = ("lr", "grad_norm", *SPEEDS, "seconds", *self.task.columns)
         self._start = time.monotonic()
+        self._waited = self._worked = 0.0
+        self._limits = ""
         self._progress = Progress(
             self.config.num_steps,
             self.learner.step,
@@ -183,6 +199,8 @@ class Trainer:
                 wandb_project=self.config.wandb_project,
                 config=self.settings,
             )
+        if self.peak is not None:
+            self._progress.say(f"{'peak':<12} {self.peak.origin}")
         if self.restored is not None:
             self._progress.say(f"resuming after step {self.learner.step} from {self.restored.path}")
         try:
@@ -198,17 +216,54 @@ class Trainer:
         if self._log is not None:
             self._log.close()
 
+    def _timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches; counts the seconds until each is there, and those until the next is asked for."""
+        source = iter(batches)
+        while True:
+            start = time.perf_counter()
+            batch = next(source, None)
+            begin = time.perf_counter()
+            self._waited += begin - start
+            if batch is None:
+                return
+            self._begin = begin
+            yield batch
+
     def _show(self, report: StepReport, num_records: int, rate: float, pending: list[StepReport], last: bool) -> None:
         """Progress of this step; a record over all pending steps when it is time, which empties `pending`."""
         step = self.learner.step
+        self._worked += time.perf_counter() - self._begin
+        is_record = step % self.config.log_interval == 0 or last
+        speeds = self._speeds(pending) if is_record else {}
         values = self.task.report(report.sums, 1)
-        rates = self._progress.step(step, num_records, report.num_edges, self.task.summary(values))
-        if self._log is not None and (step % self.config.log_interval == 0 or last):
+        text = self.task.summary(values) + self._limits
+        rates = self._progress.step(step, num_records, report.num_edges, text)
+        if self._log is not None and is_record:
             values = self.task.report(np.sum([step.sums for step in pending], axis=0), len(pending))
-            speed = {"structures_per_s": rates[0], "edges_per_s": rates[1], "seconds": time.monotonic() - self._start}
-            self._log.write(step, {"lr": rate, "grad_norm": report.grad_norm, **speed, **values})
+            speeds |= {"structures_per_s": rates[0], "edges_per_s": rates[1], "seconds": time.monotonic() - self._start}
+            self._log.write(step, {"lr": rate, "grad_norm": report.grad_norm, **speeds, **values})
         if step % self.config.log_interval == 0:
             pending.clear()
+
+    def _speeds(self, pending: list[StepReport]) -> dict[str, float]:
+        """Of the pending steps, whatever came between them left out; all ranks call it."""
+        computing = sum(report.computing.seconds() for report in pending)
+        waited, seconds = self._waited, self._waited + self._worked
+        self._waited = self._worked = 0.0
+        ranks = gather_numbers([computing, waited], self.mesh)
+        mean, largest = ranks[:, 0].mean(), ranks[:, 0].max()
+        speeds = {
+            "straggler_ratio": largest / mean if mean > 0.0 else 1.0,
+            "data_wait": ranks[:, 1].max() / seconds,
+        }
+        num_flops = sum(report.num_flops for report in pending)
+        if num_flops > 0.0:
+            speeds["flops_per_s"] = num_flops / seconds
+            self._limits = f"  {speeds['flops_per_s'] / 1e9:.3g} GFLOP/s"
+            if self.peak is not None:
+                speeds["mfu"] = speeds["flops_per_s"] / (self.peak.flops_per_s * self.mesh.world_size)
+                self._limits += f" ({100.0 * speeds['mfu']:.3g} % of peak)"
+        return speeds
 
     def _evaluate(self) -> None:
         """Validation errors of the averaged weights; exports them to `best/` if they are the best so far."""

@@ -41,16 +41,17 @@ class ToyTask:
     Args:
         noise: random displacement of the points, from torch's global generator.
         delay: seconds that each micro-batch takes.
+        flops: of each micro-batch.
     """
 
     num_sums = 3
     columns = ("loss", "forces_rmse")
 
-    def __init__(self, seed: int = 0, noise: float = 0.0, delay: float = 0.0) -> None:
+    def __init__(self, seed: int = 0, noise: float = 0.0, delay: float = 0.0, flops: float = 0.0) -> None:
         torch.manual_seed(seed)
         self.model = nn.Sequential(nn.Linear(3, 8), nn.SiLU(), nn.Linear(8, 8), nn.SiLU(), nn.Linear(8, 1)).double()
         self.model.register_parameter("unused", nn.Parameter(torch.ones(2, 2, dtype=torch.float64)))
-        self.noise, self.delay = noise, delay
+        self.noise, self.delay, self.flops = noise, delay, flops
 
     def loss(self, micro_batch: ToyBatch, totals: float, *, training: bool) -> MicroLoss:
         time.sleep(self.delay)
@@ -62,7 +63,8 @@ class ToyTask:
         error = -gradient - micro_batch.forces
         total = error.square().sum() / totals
         sums = torch.stack([total.detach(), error.detach().square().sum(), torch.tensor(float(error.numel()))]).double()
-        return MicroLoss(total=total, sums=sums, num_edges=3 * len(micro_batch.indices))
+        num_edges = 3 * len(micro_batch.indices)
+        return MicroLoss(total=total, sums=sums, num_edges=num_edges, num_flops=self.flops)
 
     def identifiers(self, micro_batch: ToyBatch) -> Sequence[str]:
         return [f"record-{index}" for index in micro_batch.indices]

@@ -13,6 +13,7 @@ from janus.comm.collectives import (
     ElsewhereError,
     broadcast_object,
     broadcast_tensors,
+    gather_numbers,
     gather_objects,
     on_main_rank,
     reduce_max,
@@ -84,7 +85,7 @@ def test_traffic_of_a_step_is_one_all_reduce_of_gradients_and_one_of_sums() -> N
     calls, num_bytes = run_ranks(2, train, 6, 2)[0]["traffic"]
     num_weights = sum(parameter.numel() for parameter in ToyTask().model.parameters())
     assert calls == {"replicas/all_reduce": 2}
-    assert num_bytes == {"replicas/all_reduce": 8 * num_weights + 8 * (ToyTask.num_sums + 2)}
+    assert num_bytes == {"replicas/all_reduce": 8 * num_weights + 8 * (ToyTask.num_sums + 3)}
     assert train(Mesh(), 6, 2)["traffic"] == ({}, {})
 
 
@@ -115,6 +116,7 @@ def use_collectives(mesh: Mesh) -> dict[str, Any]:
         "sums": reduce_sums(torch.tensor([1.0, 1e-17 * mesh.rank]), mesh).tolist(),
         "object": broadcast_object({"rank": mesh.rank}, mesh),
         "gathered": gather_objects(mesh.rank, mesh),
+        "numbers": gather_numbers([0.5, mesh.rank], mesh).tolist(),
         "max": (reduce_max(float(mesh.rank), mesh), reduce_max(float("nan") if mesh.rank else 9.0, mesh)),
         "main": on_main_rank(lambda: mesh.rank, mesh),
         "weights": [float(value.abs().max()) for value in weights],
@@ -136,6 +138,7 @@ def test_collectives() -> None:
         assert result["sums"] == pytest.approx([2.0, 1e-17])
         assert result["object"] == {"rank": 0}
         assert result["gathered"] == [0, 1]
+        assert result["numbers"] == [[0.5, 0.0], [0.5, 1.0]]
         assert result["main"] == 0
         assert result["max"][0] == 1.0
         assert math.isnan(result["max"][1])

@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from janus.telemetry import CsvLog, Progress, RunLog
+from janus.telemetry import CsvLog, Progress, RunLog, Stopwatch, find_peak
 from janus.telemetry.csv_log import read_csv
+from janus.telemetry.peak import Format, known_peak, measured_rate
 
 
 def test_csv_continues_where_the_run_continues(tmp_path: Path) -> None:
@@ -82,3 +84,48 @@ def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
     progress.say("done")
     progress.close()
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "products", "tflops"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "fp32", 19.5),
+        ("NVIDIA H100 80GB HBM3", "bf16", 989.5),
+        ("NVIDIA H100 PCIe", "tf32", 378.0),
+        ("NVIDIA H200", "fp64", 67.0),
+        ("NVIDIA H200 NVL", "fp32", 60.0),
+        ("NVIDIA B200", "bf16", 2250.0),
+        ("AMD Instinct MI250X", "fp32", 47.85),
+        ("AMD Instinct MI250X", "tf32", None),
+        ("AMD Instinct MI300X", "tf32", 653.7),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "fp32", None),
+        ("NVIDIA GH200 480GB", "fp32", None),
+        ("NVIDIA GeForce RTX 4090", "fp32", None),
+    ],
+)
+def test_known_gpus(name: str, products: Format, tflops: float | None) -> None:
+    peak = known_peak(name, products)
+    assert (None if peak is None else peak.flops_per_s) == (None if tflops is None else pytest.approx(1e12 * tflops))
+    assert peak is None or name in peak.origin
+
+
+def test_peak_given_or_measured() -> None:
+    device = torch.device("cpu")
+    peak = find_peak(device, "fp32", given_tflops=0.25)
+    assert peak is not None
+    assert peak.flops_per_s == 2.5e11
+    assert "as given" in peak.origin
+    rate, size = measured_rate(device, "bf16", enough_s=0.0)
+    assert rate > 0.0
+    assert size == 512
+    measured = find_peak(device, "fp64")
+    assert measured is not None
+    assert "measured on a fp64 product" in measured.origin
+
+
+def test_stopwatch(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([5.0, 7.5])
+    monkeypatch.setattr("janus.telemetry.stopwatch.time.perf_counter", lambda: next(times))
+    watch = Stopwatch(torch.device("cpu"))
+    watch.stop()
+    assert watch.seconds() == watch.seconds() == 2.5

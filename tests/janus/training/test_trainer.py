@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,7 +19,9 @@ from janus.checkpoint import CheckpointError, read_directory, write_directory
 from janus.checkpoint.directory import write_pieces
 from janus.mesh import Mesh
 from janus.optim import AdamWConfig, Schedule
+from janus.telemetry import Peak
 from janus.telemetry.csv_log import read_csv
+from janus.training import trainer as trainer_module
 from janus.training.learner import Learner
 from janus.training.step import NonFiniteError
 from janus.training.trainer import Outcome, Trainer, TrainerConfig
@@ -38,8 +41,11 @@ def run(
     seed: int = 0,
     save_interval: int = 2,
     settings: dict[str, Any] | None = None,
+    log_interval: int = 1,
+    flops: float = 0.0,
+    peak: Peak | None = None,
 ) -> Outcome:
-    task = ToyTask(seed, noise=0.1, delay=delay)
+    task = ToyTask(seed, noise=0.1, delay=delay, flops=flops)
     schedule = Schedule(lr=1e-2, num_steps=steps, warmup_steps=2)
     trainer = Trainer(
         task=task,
@@ -47,12 +53,13 @@ def run(
         train=toy_training(bad=bad),
         valid=toy_validation(bad=102 if bad_validation else -1),
         config=TrainerConfig(
-            num_steps=steps, eval_interval=3, save_interval=save_interval, log_interval=1, resume=resume
+            num_steps=steps, eval_interval=3, save_interval=save_interval, log_interval=log_interval, resume=resume
         ),
         mesh=Mesh(),
         directory=directory,
         settings=settings or {"model": {"width": 8}, "optim": {"lr": 1e-2}},
         provenance={"code": "toy"},
+        peak=peak,
     )
     trainer.resume()
     return trainer.run()
@@ -89,6 +96,48 @@ def test_run_directory(uninterrupted: Path) -> None:
     assert '"code": "toy"' in (uninterrupted / "last" / "config.json").read_text()
     names = sorted(path.name for path in (uninterrupted / "checkpoints").iterdir())
     assert names == ["step_00000008", "step_00000009"]
+
+
+class Clock:
+    """Each look at it takes a second. The trainer's; a stopwatch has one of its own."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        self.now += 1.0
+        return self.now
+
+    monotonic = staticmethod(time.monotonic)
+
+
+def test_speeds_of_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """A step waits for one second and works for one, as its clock goes, on two micro-batches of 300 FLOPs."""
+    ranks: list[list[float]] = []
+
+    def of_two_ranks(own: list[float], mesh: Mesh) -> np.ndarray:
+        ranks.append(own)
+        return np.array([own, [3.0 * own[0], 2.0]])  # the other computes longer, and waits less
+
+    monkeypatch.setattr(trainer_module, "time", Clock())
+    monkeypatch.setattr(trainer_module, "gather_numbers", of_two_ranks)
+    peak = Peak(flops_per_s=1000.0, origin="as the test says")
+    assert run(tmp_path, log_interval=4, flops=300.0, peak=peak).step == STEPS
+    rows = [row for row in read_csv(tmp_path / "log.csv") if "loss" in row]
+    assert [row["step"] for row in rows] == [4, 8, 9]
+    for row, steps in zip(rows, (4, 4, 1), strict=True):
+        assert row["flops_per_s"] == 600.0 / 2.0
+        assert row["mfu"] == 300.0 / 1000.0
+        assert row["straggler_ratio"] == pytest.approx(1.5)
+        assert row["data_wait"] == max(steps, 2.0) / (2.0 * steps)
+    assert [own[1] for own in ranks] == [4.0, 4.0, 1.0]
+    assert "as the test says" in capsys.readouterr().out
+
+
+def test_speeds_without_formulas(uninterrupted: Path) -> None:
+    rows = [row for row in read_csv(uninterrupted / "log.csv") if "loss" in row]
+    assert all("flops_per_s" not in row and "mfu" not in row for row in rows)
+    assert all(row["straggler_ratio"] == 1.0 and 0.0 <= row["data_wait"] <= 1.0 for row in rows)
 
 
 def kill_at(directory: Path, step: int) -> None:
