@@ -1,6 +1,6 @@
 # make pretrain   train on the embedded demo set, two processes        make test    the tests
 # make lint       style                                                make types   static types
-# make faults     trainings that are killed, damaged and starved, and must go on: half an hour on two cores
+# make faults     trainings that are killed, damaged and starved, and must go on: 16 minutes on two cores
 #
 # Variables: PYTHON (the interpreter that makes .venv), TORCH_INDEX (index of torch builds: the default one brings
 # CUDA libraries of several gigabytes; https://download.pytorch.org/whl/cpu has none), PYTEST_ARGS, FAULTS_ARGS.

@@ -11,6 +11,7 @@
 #   CONFIG               settings [examples/configs/demo.yaml; matris.yaml with TRAIN]
 #   NPROC                processes on this machine, with GPUs one each [2]
 #   OUTPUT               run directory [runs/demo; runs/matris with TRAIN]
+#   RESTARTS             how often torchrun starts the processes again after one has died [0]
 #   STEPS                updates, instead of the epochs of CONFIG
 #   PYTHON               interpreter [python]
 # Arguments go to `janus-matris train`. A run that was stopped goes on when started again.
@@ -44,4 +45,4 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > nproc ? cores / nproc : 1)
 if [ "$nproc" -eq 1 ]; then
     exec "$python" -m matris "${arguments[@]}" "$@"
 fi
-exec "$python" -m torch.distributed.run --standalone --nproc_per_node "$nproc" -m matris "${arguments[@]}" "$@"
+exec "$python" -m torch.distributed.run --standalone --nproc_per_node "$nproc" --max_restarts "${RESTARTS:-0}" -m matris "${arguments[@]}" "$@"

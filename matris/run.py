@@ -24,6 +24,7 @@ from janus.ops.fused import compile_kernels
 from janus.telemetry import find_peak, require_wandb
 from janus.telemetry.peak import Format
 from janus.training.memory import keep_freed_memory
+from janus.training.occupancy import occupied
 from janus.training.trainer import Outcome, Trainer, TrainerConfig
 from matris.config import TASK_FIELDS, Precision
 from matris.evaluation import evaluate_dataset, evaluation_source
@@ -78,7 +79,7 @@ def run_training(config: TrainConfig) -> int:
         if config.dry_run:
             return 0
         start = time.monotonic()
-        with naming(output):
+        with naming(output), occupied(output, mesh):
             outcome = _train(config, setup, mesh, output)
             if outcome.stopped:
                 return STOPPED

@@ -92,7 +92,10 @@ def begin(path: Path) -> Path:
     """Makes the empty directory in which the checkpoint `path` is written."""
     staging = staging_of(path)
     shutil.rmtree(staging, ignore_errors=True)
+    new = [parent for parent in path.parents if not parent.exists()]
     staging.mkdir(parents=True)
+    for parent in new:
+        flush(parent.parent)
     return staging
 
 
@@ -125,6 +128,7 @@ def write_pieces(path: Path, pieces: Sequence[tuple[str, Piece]]) -> tuple[Store
                 flushed.result()
                 flushed, behind = pool.submit(os.fsync, stream.fileno()), 0
         stream.flush()
+        flushed.result()  # the system tells a failure once, and maybe told it to this one
         os.fsync(stream.fileno())
         if hasattr(os, "posix_fadvise"):  # nobody reads it soon: the memory is better used for training data
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -262,7 +266,7 @@ class Checkpoint:
         value = torch.empty(piece.shape, dtype=dtype) if first is None else first.target.detach()
         content, crc = _bytes(value), 0
         try:
-            with path.open("rb", buffering=0) as file:
+            with path.open("rb") as file:
                 if hasattr(os, "posix_fadvise"):
                     os.posix_fadvise(file.fileno(), piece.offset, len(content), os.POSIX_FADV_WILLNEED)
                 file.seek(piece.offset)

@@ -111,7 +111,8 @@ def read_manifest(directory: Path) -> Manifest:
     """The manifest of a directory; an older format is brought up to date in memory.
 
     Raises:
-        DamageError: it is missing, damaged, or of a newer format.
+        CheckpointError: it is of a newer format, or must not be read: the checkpoint may be whole.
+        DamageError: it is missing or damaged.
     """
     path = directory / MANIFEST
     if not directory.is_dir():
@@ -124,14 +125,21 @@ def read_manifest(directory: Path) -> Manifest:
             raise ValueError("it holds no JSON object")
         version = content.get("format_version", 1)
         if isinstance(version, int) and version > FORMAT_VERSION:
-            raise ValueError(
-                f"it is of format {version}, and this version reads up to {FORMAT_VERSION}: update janus-matris"
+            raise CheckpointError(
+                f"checkpoint file {path} is of format {version}, and this version reads up to {FORMAT_VERSION}: update "
+                "janus-matris"
             )
         if version != FORMAT_VERSION:
+            if version not in _UPGRADES:
+                raise ValueError(f"it is of an unknown format, {version!r}")
             content = _UPGRADES[version](content, directory)
         if content.pop("crc32") != _crc32_of(content):
             raise ValueError("its checksum is not that of its content")
         return _parse(content)
+    except CheckpointError:
+        raise
+    except PermissionError as error:
+        raise CheckpointError(f"checkpoint file {path} must not be read: {error}") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__} {error}" if isinstance(error, KeyError) else error
         raise DamageError(f"checkpoint file {path} cannot be used: {reason}") from error

@@ -152,7 +152,8 @@ class CheckpointStore:
             use: reads it, and maybe finds damage.
 
         Raises:
-            CheckpointError: there are checkpoints, and all are damaged; or that of `use`.
+            CheckpointError: there are checkpoints, and all are damaged; one is of a newer format, or must not be read;
+                or that of `use`.
         """
         on_main_rank(lambda: self._tidy(say), self.mesh)
         steps = on_main_rank(self.steps, self.mesh)
@@ -177,6 +178,7 @@ class CheckpointStore:
         """A checkpoint to read from.
 
         Raises:
+            CheckpointError: it is of a newer format, or must not be read; on all ranks.
             DamageError: it is damaged, or none; on all ranks.
         """
         return self.together(lambda: open_checkpoint(path))
@@ -185,16 +187,17 @@ class CheckpointStore:
         """Reads something on all ranks.
 
         Raises:
-            DamageError: on all ranks, if one finds damage.
+            CheckpointError: on all ranks, if one raises it; `DamageError` if it is no worse.
         """
         result, fault = None, None
         try:
             result = read()
-        except DamageError as error:
-            fault = str(error)
+        except CheckpointError as error:
+            fault = isinstance(error, DamageError), str(error)
         faults = [found for found in gather_objects(fault, self.mesh) if found is not None]
         if faults:
-            raise DamageError(faults[0])
+            damaged, text = min(faults)
+            raise DamageError(text) if damaged else CheckpointError(text)
         return cast(T, result)
 
     def _tidy(self, say: Callable[[str], None]) -> None:

@@ -49,7 +49,7 @@ CASES = {
 NOTICED = {
     "renames before the last file": (
         "was not made by one rename",
-        (Strike(act="kill", place="files in checkpoints", call=6),),
+        (Strike(act="kill", place="files in checkpoints", call=7),),
     ),
     "removes the old before the new": ("must be there", ()),
     "forgets the average": ("tensors differ, such as ema/", (_INTERRUPTED,)),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
 import shutil
 import threading
@@ -25,6 +27,7 @@ from janus.checkpoint import (
     verify_directory,
     write_directory,
 )
+from janus.checkpoint.directory import write_pieces
 from janus.checkpoint.shards import Piece, Shards, blocks
 
 TENSORS = {
@@ -107,7 +110,7 @@ def damage(path: Path, how: str) -> None:
     elif how == "digit":
         manifest.write_text(manifest.read_text().replace('"start": [0, 0]', '"start": [0, 1]'))
     elif how == "version":
-        manifest.write_text(manifest.read_text().replace('"format_version": 2', '"format_version": 3'))
+        manifest.write_text(manifest.read_text().replace('"format_version": 2', '"format_version": "old"'))
     else:
         manifest.write_text(json.dumps({"weight_map": {}}))
 
@@ -119,7 +122,7 @@ DAMAGES = {
     "state": r"state.json is damaged: it has 2 bytes",
     "manifest": "manifest.json cannot be used: Expecting property name",
     "digit": "manifest.json cannot be used: its checksum is not that of its content",
-    "version": "manifest.json cannot be used: it is of format 3, and this version reads up to 2: update",
+    "version": "manifest.json cannot be used: it is of an unknown format, 'old'",
     "foreign": "manifest.json cannot be used: it is not that of a training checkpoint",
 }
 
@@ -143,6 +146,45 @@ def test_damage_is_refused_and_resume_falls_back_with_a_line(tmp_path: Path, how
     damage(store.path(10), how)
     with pytest.raises(CheckpointError, match="none of the 1 checkpoints"):
         store.latest(said.append, read_all)
+
+
+@pytest.mark.parametrize("reason", ["newer", "forbidden"])
+def test_what_may_be_whole_is_not_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
+    """By an older installation, say, or as another user."""
+    store = CheckpointStore(tmp_path)
+    for step in (10, 20):
+        save(store, step)
+    store.wait()
+    manifest = store.path(20) / "manifest.json"
+    if reason == "newer":
+        text = "is of format 3, and this version reads up to 2: update"
+        manifest.write_text(manifest.read_text().replace('"format_version": 2', '"format_version": 3'))
+    else:
+        text, read_text = "must not be read", Path.read_text
+
+        def forbidden(path: Path) -> str:
+            if path == manifest:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return read_text(path)
+
+        monkeypatch.setattr(Path, "read_text", forbidden)
+    with pytest.raises(CheckpointError, match=f"step_00000020/manifest.json {text}"):
+        store.latest(print, read_all)
+    assert store.steps() == [10, 20]
+
+
+def test_flush_that_failed_behind_the_writing_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux tells of a failure once, to whichever flush comes first."""
+    calls: list[int] = []
+
+    def fsync(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 1:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("janus.checkpoint.directory.os.fsync", fsync)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        write_pieces(tmp_path / "file", [("a", Piece(start=(0,), values=torch.ones(4)))])
 
 
 def test_older_format(tmp_path: Path) -> None:
