@@ -238,6 +238,10 @@ def _check_settings(config: TrainConfig) -> None:
         raise ValueError(f"parallel.fully_sharded_size is {config.parallel.fully_sharded_size}: {_SHARDED}")
     if config.optim.decay_1d:
         raise ValueError("optim.decay_1d is true: Megatron's optimizers spare biases and norms; leave it out")
+    if config.optim.backend != "auto":
+        raise ValueError(
+            f"optim.backend is {config.optim.backend}: Megatron's loop has an optimizer of its own; leave it out"
+        )
 
 
 def _defaults(config: TrainConfig, known: Namespace) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def run_table(config: TrainConfig, setup: Setup, mesh: Mesh) -> str:
             "steps",
             f"{_count(setup.num_steps)} updates = {setup.num_steps / setup.steps_per_epoch:.3g} epochs of "
             f"{_count(setup.steps_per_epoch)}; {optim.lr_decay_style} from {optim.lr:g} after "
-            f"{setup.learner.schedule.warmup_steps} warm-up steps",
+            f"{setup.learner.schedule.warmup_steps} warm-up steps; AdamW of {setup.learner.optimizer_library}",
         ),
         ("output", training.output),
     ]

@@ -374,6 +374,7 @@ def _adamw(optim: OptimConfig) -> AdamWConfig:
         beta2=optim.adam_beta2,
         eps=optim.adam_eps,
         decay_1d=optim.decay_1d,
+        backend=optim.backend,
     )
 
 

@@ -254,6 +254,8 @@ class OptimConfig:
         adam_eps: added to the root of the mean squared gradient.
         clip_grad: largest 2-norm of the gradient of the global batch; 0 clips nothing.
         ema_decay: decay of the averaged weights, which are evaluated and exported; 0 averages nothing.
+        backend: whose fused AdamW: `torch`, `apex` (NVIDIA apex) or `te` (NVIDIA transformer-engine), the latter two on
+            CUDA in fp32 only; `auto`: te, apex or torch, the first that is there and can. Checkpoints are the same.
     """
 
     lr: float = 1e-3
@@ -268,6 +270,7 @@ class OptimConfig:
     adam_eps: float = 1e-8
     clip_grad: float = 0.5
     ema_decay: float = 0.999
+    backend: Literal["auto", "torch", "apex", "te"] = "auto"
 
     def __post_init__(self) -> None:
         for name in ("lr", "adam_eps"):

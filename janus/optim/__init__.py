@@ -1,11 +1,12 @@
 """Optimizer, learning-rate schedule, clipping and exponential moving average."""
 
-from janus.optim.adamw import AdamWConfig, build_adamw
+from janus.optim.adamw import MOMENTS, AdamWConfig, build_adamw, moments_of, restart
 from janus.optim.clip import clip_gradients, gradient_norm
 from janus.optim.ema import ExponentialMovingAverage
 from janus.optim.schedule import DecayStyle, Schedule
 
 __all__ = [
+    "MOMENTS",
     "AdamWConfig",
     "DecayStyle",
     "ExponentialMovingAverage",
@@ -13,4 +14,6 @@ __all__ = [
     "build_adamw",
     "clip_gradients",
     "gradient_norm",
+    "moments_of",
+    "restart",
 ]

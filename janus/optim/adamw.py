@@ -1,12 +1,27 @@
-"""torch's AdamW with weight decay where it belongs."""
+"""AdamW with weight decay where it belongs, by torch or by NVIDIA's fused kernels where these are installed."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+Backend: TypeAlias = Literal["auto", "torch", "apex", "te"]
+"""Whose kernels update the weights; `auto`: of te, apex and torch the first that can."""
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""What every backend keeps of each parameter, in its shape."""
+
+_MODULES = {"te": "transformer_engine.pytorch.optimizers", "apex": "apex.optimizers"}
+_INSTALL = {
+    "te": "install it, pip install transformer-engine[pytorch]",
+    "apex": "install it from github.com/NVIDIA/apex with its CUDA extensions (the apex of PyPI is something else)",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +33,7 @@ class AdamWConfig:
         beta1, beta2, eps: moments' decay rates and the denominator's offset.
         decay_1d: whether 1-D parameters (biases, norms, basis frequencies) decay as well. Off: only matrices, gates
             of shape (1, width) and embedding tables do.
+        backend: whose kernels.
     """
 
     weight_decay: float = 1e-2
@@ -25,16 +41,20 @@ class AdamWConfig:
     beta2: float = 0.999
     eps: float = 1e-8
     decay_1d: bool = False
+    backend: Backend = "auto"
 
 
 def build_adamw(
     parameters: Mapping[str, nn.Parameter], config: AdamWConfig, *, ndims: Mapping[str, int] | None = None
-) -> torch.optim.AdamW:
+) -> Optimizer:
     """AdamW over the trainable parameters, in two groups: decayed and not.
 
     Args:
         ndims: number of dimensions by name, which decides on the decay; None for the parameters' own. Slices of
             parameters have one, whatever they are slices of.
+
+    Raises:
+        ValueError: the backend that was asked for is missing, or cannot update such parameters.
     """
     trainable = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
 
@@ -43,14 +63,89 @@ def build_adamw(
 
     decayed = [parameter for name, parameter in trainable.items() if decays(name)]
     spared = [parameter for name, parameter in trainable.items() if not decays(name)]
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": spared, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=0.0,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=True,
-    )
+    groups = [(decayed, config.weight_decay), (spared, 0.0)]
+    settings: dict[str, Any] = {"lr": 0.0, "betas": (config.beta1, config.beta2), "eps": config.eps}
+    fused = _fused_class(config.backend, list(trainable.values()))
+    # NVIDIA's launch nothing at all where the last tensor of a list is empty, as slices of parameters may be.
+    full = [([parameter for parameter in group if parameter.numel()], decay) for group, decay in groups]
+    if fused is not None and (kept := _groups(full)):
+        return fused(kept, adam_w_mode=True, bias_correction=True, **settings)
+    return torch.optim.AdamW(_groups(groups), fused=True, **settings)
+
+
+def moments_of(optimizer: Optimizer, parameter: Tensor) -> Mapping[str, Tensor]:
+    """`MOMENTS` of one of its parameters, after the first step. An empty one has empty ones, known to it or not."""
+    if parameter.numel() == 0:
+        return {moment: parameter.detach() for moment in MOMENTS}
+    return optimizer.state[parameter]
+
+
+def restart(optimizer: Optimizer, step: int) -> None:
+    """As after so many steps, with moments of zero for the caller to fill in; after no step there are none."""
+    optimizer.state.clear()
+    for group in optimizer.param_groups:
+        # torch counts steps beside each parameter, the others in the group.
+        by_group = not isinstance(optimizer, torch.optim.AdamW)
+        if by_group:
+            group["step"] = step
+        for parameter in group["params"] if step > 0 else ():
+            state = {moment: torch.zeros_like(parameter, requires_grad=False) for moment in MOMENTS}
+            if not by_group:
+                state["step"] = torch.tensor(float(step), device=parameter.device)
+            optimizer.state[parameter] = state
+
+
+def _groups(groups: list[tuple[list[nn.Parameter], float]]) -> list[dict[str, Any]]:
+    return [{"params": parameters, "weight_decay": decay} for parameters, decay in groups if parameters]
+
+
+def _fused_class(backend: Backend, parameters: list[nn.Parameter]) -> Callable[..., Optimizer] | None:
+    """`FusedAdam` of one of NVIDIA's libraries; None for torch's.
+
+    Raises:
+        ValueError: it was asked for and cannot be had.
+    """
+    if backend == "torch":
+        return None
+    obstacle = _obstacle(parameters)
+    for name in _MODULES if backend == "auto" and obstacle is None else ():
+        try:
+            return _import(name)
+        except (ImportError, OSError, RuntimeError):  # not there, or made for another torch or CUDA
+            continue
+    if backend == "auto":
+        return None
+    if obstacle is not None:
+        raise ValueError(f"optim.backend is {backend}, {obstacle}: choose torch, or auto")
+    try:
+        return _import(backend)
+    except (ImportError, OSError, RuntimeError) as error:
+        raise ValueError(
+            f"optim.backend is {backend}, but {_MODULES[backend]}.FusedAdam cannot be used ({error}): "
+            f"{_INSTALL[backend]}; or choose torch, or auto"
+        ) from error
+
+
+def _obstacle(parameters: list[nn.Parameter]) -> str | None:
+    """Why NVIDIA's kernels cannot update them."""
+    devices = {_device_type(parameter) for parameter in parameters}
+    if devices - {"cuda"}:
+        return f"whose kernels are for CUDA, but the weights are on {', '.join(sorted(devices))}"
+    dtypes = {parameter.dtype for parameter in parameters}
+    if dtypes - {torch.float32}:
+        return f"whose kernels keep moments in float32, but weights are {', '.join(sorted(map(str, dtypes)))}"
+    return None
+
+
+def _device_type(parameter: Tensor) -> str:
+    return parameter.device.type
+
+
+def _import(name: str) -> Callable[..., Optimizer]:
+    module = import_module(_MODULES[name])
+    if name == "apex" and not import_module("apex.multi_tensor_apply").multi_tensor_applier.available:
+        raise ImportError("apex was installed without its CUDA extensions")
+    found: Callable[..., Optimizer] | None = getattr(module, "FusedAdam", None)
+    if found is None:
+        raise ImportError(f"{module.__name__} has no FusedAdam")
+    return found

@@ -5,16 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 
 from janus.checkpoint import Checkpoint, CheckpointError
 from janus.checkpoint.shards import Shards
 from janus.mesh import Mesh
-from janus.optim import AdamWConfig, ExponentialMovingAverage, Schedule, build_adamw, clip_gradients
+from janus.optim import (
+    MOMENTS,
+    AdamWConfig,
+    ExponentialMovingAverage,
+    Schedule,
+    build_adamw,
+    clip_gradients,
+    moments_of,
+    restart,
+)
 from janus.sharding import Policy, Weights
-
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Learner:
@@ -56,6 +62,11 @@ class Learner:
         self._updated: set[int] = set()  # of the groups, before the update of all
         self.ema = ExponentialMovingAverage(self.parameters, ema_decay)
         self.step = 0
+
+    @property
+    def optimizer_library(self) -> str:
+        """Whose kernels update the weights: `torch`, `apex`, `transformer_engine`."""
+        return type(self._optimizers[0]).__module__.partition(".")[0]
 
     @property
     def learning_rate(self) -> float:
@@ -144,7 +155,7 @@ class Learner:
         held = {"model": self.weights.held_state(), "ema": self.ema.average}
         if self.step > 0:
             state = self._optimizer_state()
-            for moment in _MOMENTS:
+            for moment in MOMENTS:
                 held[f"optimizer/{moment}"] = {name: state[piece][moment] for name, piece in self.parameters.items()}
         return held
 
@@ -168,7 +179,7 @@ class Learner:
         names = {f"model/{name}": shape for name, shape in self.weights.shapes.items()}
         # A model that was made a checkpoint to start from has no average yet: that begins with the weights.
         averaged = step > 0 or any(name.startswith("ema/") for name in checkpoint.tensors)
-        later = ("ema", *(f"optimizer/{moment}" for moment in _MOMENTS if step > 0)) if averaged else ()
+        later = ("ema", *(f"optimizer/{moment}" for moment in MOMENTS if step > 0)) if averaged else ()
         for kind in later:
             names |= {f"{kind}/{name}": self.weights.shapes[name] for name in self.parameters}
         found = {name: stored.shape for name, stored in checkpoint.tensors.items()}
@@ -179,18 +190,13 @@ class Learner:
                 f"{differing[:3]}; resume with the settings of that run, or choose another output directory"
             )
         self.step = step
-        for optimizer, group in zip(self._optimizers, self.weights.groups, strict=True):
-            optimizer.state.clear()
-            for piece in group.values() if step > 0 else ():
-                # The fused optimizer keeps the step count beside its parameter, like the moments.
-                optimizer.state[piece] = {
-                    "step": torch.tensor(float(step), device=piece.device),
-                    **{moment: torch.zeros_like(piece, requires_grad=False) for moment in _MOMENTS},
-                }
+        for optimizer in self._optimizers:
+            restart(optimizer, step)
         for kind, held in self.held().items():
             source = "model" if kind == "ema" and not averaged else kind
             checkpoint.load({f"{source}/{name}": shards for name, shards in self.weights.held_shards(held).items()})
         self.weights.changed()
 
-    def _optimizer_state(self) -> dict[Tensor, dict[str, Tensor]]:
-        return {piece: state for optimizer in self._optimizers for piece, state in optimizer.state.items()}
+    def _optimizer_state(self) -> dict[Tensor, Mapping[str, Tensor]]:
+        groups = zip(self._optimizers, self.weights.groups, strict=True)
+        return {piece: moments_of(optimizer, piece) for optimizer, group in groups for piece in group.values()}

@@ -250,6 +250,7 @@ def test_epochs_are_refused(config: Path) -> None:
         ("data", "global_max_atoms", 900, "give --global-batch-size"),
         ("parallel", "fully_sharded_size", 2, "fully_sharded_size is 2"),
         ("optim", "decay_1d", True, "decay_1d is true"),
+        ("optim", "backend", "te", "backend is te"),
     ],
 )
 def test_settings_that_the_loop_has_no_place_for(config: Path, group: str, name: str, value: Any, message: str) -> None:
