@@ -1,9 +1,11 @@
 # make pretrain   train on the embedded demo set, two processes        make test    the tests
 # make lint       style                                                make types   static types
+# make bench-check   counts of a training step against the stored ones, exactly; times with a margin: a minute
 # make faults     trainings that are killed, damaged and starved, and must go on: 16 minutes on two cores
 #
 # Variables: PYTHON (the interpreter that makes .venv), TORCH_INDEX (index of torch builds: the default one brings
-# CUDA libraries of several gigabytes; https://download.pytorch.org/whl/cpu has none), PYTEST_ARGS, FAULTS_ARGS.
+# CUDA libraries of several gigabytes; https://download.pytorch.org/whl/cpu has none), PYTEST_ARGS, FAULTS_ARGS,
+# BENCH_CHECK_ARGS (--update makes this machine's numbers the stored ones).
 
 PYTHON ?= python3
 TORCH_INDEX ?=
@@ -12,7 +14,7 @@ FAULTS_ARGS ?= --jobs 2
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install pretrain test faults lint types clean
+.PHONY: install pretrain test faults bench-check lint types clean
 
 pretrain: $(INSTALLED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/pretrain_matris.sh
@@ -22,6 +24,9 @@ test: $(INSTALLED)
 
 faults: $(INSTALLED)
 	$(BIN)/python -m tools.faults $(FAULTS_ARGS)
+
+bench-check: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.bench.check $(BENCH_CHECK_ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -8,6 +8,7 @@ side is timed in fresh processes in the order A B B A. A step is: join the graph
 derivatives, loss of energy, forces and stress, second backward pass, AdamW (torch's default one for the reference,
 which has no training code; ours as in a run). Neighbour lists are made before.
 Peak memory is ru_maxrss of the process: interpreter, libraries and everything.
+LD_PRELOAD holds for both sides: an allocator such as tcmalloc changes time and memory of both (docs/benchmarks.md).
 """
 
 from __future__ import annotations
@@ -110,6 +111,7 @@ def _compare(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
         "parameters": ours["num_parameters"],
         "smooth": options.smooth,
         "compiled": options.compile,
+        "preloaded": os.environ.get("LD_PRELOAD", ""),
         "versions": {"reference": expected["versions"], "ours": ours["versions"]},
         "sizes": sizes,
     }
@@ -135,7 +137,8 @@ def _table(report: dict[str, Any]) -> str:
         f"{report['layers']} layers, width {report['width']}, {report['parameters']} parameters, fp32, "
         f"{report['threads']} threads"
         + (", ours smooth" if report["smooth"] else "")
-        + (", ours compiled" if report["compiled"] else ""),
+        + (", ours compiled" if report["compiled"] else "")
+        + (f", both with {report['preloaded']}" if report["preloaded"] else ""),
         "| atoms | angles | side | s per step (median) | spread | peak MiB | faster | memory |",
         "|---|---|---|---|---|---|---|---|",
     ]

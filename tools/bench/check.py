@@ -1,0 +1,214 @@
+"""Whether a training step costs more than it did: counts exactly, times as ratios with a margin.
+
+    python -m tools.bench.check                 # make bench-check: compares with tools/bench/baseline.json
+    python -m tools.bench.check --update        # makes this machine's numbers the baseline
+
+Small models, dense and with experts, take steps of energies, forces, stress and the second backward pass, fp32, on one
+CPU thread. Counted are FLOPs of matrix products, operations of torch, and bytes: taken from the allocator in all, at
+most at once, and after the force pass. A time is that of a step over that of a matrix product of fixed size, which runs
+before and after it. Counts depend on torch's version, times on the processor: what cannot be compared with the baseline
+is said, and not compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from ase.build import bulk
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from matris.config import ModelConfig
+from matris.graph.batch import GraphBatch, collate_graphs
+from matris.graph.build import build_graph
+from matris.graph.structure import Structure
+from matris.model import MatRIS, Prediction
+
+BASELINE = Path(__file__).resolve().parent / "baseline.json"
+_DENSE = ModelConfig(
+    num_layers=3, hidden_size=64, readout_hidden_sizes=(64,), pairwise_cutoff=5.0, three_body_cutoff=4.0
+)
+CASES = {
+    "dense, 8 atoms": (_DENSE, 1),
+    "dense, 64 atoms": (_DENSE, 2),
+    "experts, 64 atoms": (
+        replace(_DENSE, num_elements=118, num_moe_experts=8, moe_router_topk=2, moe_ffn_hidden_size=64),
+        2,
+    ),
+}
+"""Model, and cells of rock salt along each axis, by name."""
+_PEAK = "bytes_at_most"
+_PEAK_MARGIN = 0.01
+"""The profiler's clock does not tell the order of all events."""
+_CONTROL = 768
+"""Rows of the square matrices of the control."""
+
+
+def main(words: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--baseline", type=Path, default=BASELINE, help="JSON file to compare with")
+    parser.add_argument("--update", action="store_true", help="write it anew")
+    parser.add_argument(
+        "--margin", type=float, default=0.15, help="by how much a time ratio may grow, as a share of it"
+    )
+    parser.add_argument("--rounds", type=int, default=7, help="timed steps of each case; 0 times nothing")
+    options = parser.parse_args(words)
+    if not options.update and not options.baseline.is_file():
+        parser.error(f"--baseline {options.baseline} does not exist: make it with --update")
+    found = measure(options.rounds)
+    if options.update:
+        partial = options.baseline.with_name(options.baseline.name + ".partial")
+        partial.write_text(json.dumps(found, indent=1) + "\n")
+        os.replace(partial, options.baseline)
+        print(f"written: {options.baseline}")
+        return 0
+    worse, lines = compare(found, json.loads(options.baseline.read_text()), options.margin)
+    print("\n".join(lines))
+    return 1 if worse else 0
+
+
+def measure(rounds: int) -> dict[str, Any]:
+    """Counts and time ratios of all cases, with what they depend on."""
+    torch.set_num_threads(1)
+    cases: dict[str, Any] = {}
+    for name, (config, cells) in CASES.items():
+        step, forces = _step(config, cells)
+        step()  # what is made once
+        cases[name] = {"counts": _counts(step, forces)} | (
+            {"step_over_control": _ratio(step, rounds)} if rounds else {}
+        )
+    return {"torch": torch.__version__, "processor": _processor(), "cases": cases}
+
+
+def compare(found: dict[str, Any], baseline: dict[str, Any], margin: float) -> tuple[bool, list[str]]:
+    """Whether anything is worse or other, and a line about each number."""
+    lines, worse = [], False
+    same_torch, same_processor = (found[key] == baseline[key] for key in ("torch", "processor"))
+    if not same_torch:
+        lines.append(f"counts are not compared: the baseline is of torch {baseline['torch']}, here is {found['torch']}")
+    if not same_processor:
+        lines.append(
+            f"times are not compared: the baseline is of {baseline['processor']}, here is {found['processor']}"
+        )
+    for name, case in found["cases"].items():
+        before = baseline["cases"].get(name)
+        if before is None:
+            lines.append(f"{name}: not in the baseline; write it anew with --update")
+            worse = True
+            continue
+        for key, value in case["counts"].items() if same_torch else ():
+            then = before["counts"].get(key, 0)
+            is_other = abs(value - then) > (_PEAK_MARGIN * then if key == _PEAK else 0)
+            worse |= is_other
+            told = f"  WAS {then}: --update if that is meant" if is_other else ""
+            lines.append(f"{name}: {key} {value}{told}")
+        if same_processor and {"step_over_control"} <= case.keys() & before.keys():
+            now, then = case["step_over_control"], before["step_over_control"]
+            is_slower = now > then * (1.0 + margin)
+            worse |= is_slower
+            lines.append(f"{name}: step over control {now:.3g}, was {then:.3g}{'  SLOWER' if is_slower else ''}")
+    return worse, lines
+
+
+def _step(config: ModelConfig, cells: int) -> tuple[Callable[[], None], Callable[[], Prediction]]:
+    """A step without an update, and its part up to the force pass."""
+    model, batch = MatRIS(config, seed=0), _batch(config, cells)
+
+    def forces() -> Prediction:
+        return model(batch, create_graph=True)
+
+    def step() -> None:
+        prediction = forces()
+        assert prediction.forces is not None
+        assert prediction.stress is not None
+        loss = prediction.energy.sum() + prediction.forces.square().sum() + prediction.stress.square().sum()
+        model.zero_grad()
+        loss.backward()
+
+    return step, forces
+
+
+def _batch(config: ModelConfig, cells: int) -> GraphBatch:
+    atoms = bulk("NaCl", "rocksalt", a=5.64, cubic=True).repeat(cells)
+    atoms.rattle(0.05, seed=0)
+    graph = build_graph(
+        Structure(numbers=atoms.numbers, positions=atoms.positions, cell=atoms.cell.array, pbc=atoms.pbc),
+        pairwise_cutoff=config.pairwise_cutoff,
+        three_body_cutoff=config.three_body_cutoff,
+    )
+    return collate_graphs([graph])
+
+
+def _counts(step: Callable[[], None], forces: Callable[[], Prediction]) -> dict[str, int]:
+    with FlopCounterMode(display=False) as counter:
+        step()
+    gc.collect()
+    gc.disable()  # what it frees, and when, is no property of the step
+    try:
+        changes, operations = _profiled(step)
+        kept = sum(_profiled(forces)[0])
+    finally:
+        gc.enable()
+    held = peak = 0
+    for change in changes:
+        held += change
+        peak = max(peak, held)
+    return {
+        "flops": counter.get_total_flops(),
+        "operations": operations,
+        "bytes_allocated": sum(change for change in changes if change > 0),
+        _PEAK: peak,
+        "bytes_after_force_pass": kept,
+    }
+
+
+def _profiled(function: Callable[[], Any]) -> tuple[list[int], int]:
+    """Changes of the bytes that are held, in the order in which they happen, and the number of operations."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        result = function()  # lives on
+    events = profiled.profiler.kineto_results.events()
+    del result
+    changes = sorted(
+        ((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"), key=lambda pair: pair[0]
+    )
+    return [change for _, change in changes], sum(event.name().startswith("aten::") for event in events)
+
+
+def _ratio(step: Callable[[], None], rounds: int) -> float:
+    left, right = torch.ones(_CONTROL, _CONTROL), torch.ones(_CONTROL, _CONTROL)
+    steps, controls = [], []
+    for _ in range(rounds):
+        controls.append(_seconds(lambda: left @ right))
+        steps.append(_seconds(step))
+        controls.append(_seconds(lambda: left @ right))
+    return statistics.median(steps) / statistics.median(controls)
+
+
+def _seconds(function: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def _processor() -> str:
+    """Its name, where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
