@@ -99,11 +99,13 @@ class StepLoader(Generic[Batch]):
     def plan(self, step: int) -> tuple[np.ndarray, list[np.ndarray]]:
         """Records of the global batch, and those of each of this rank's micro-batches."""
         indices = self.sampler.indices(step)
-        plan = plan_micro_batches(self.dataset.sizes[indices], num_ranks=self.world_size, budget=self.budget)
-        own = [indices[positions] for positions in plan[self.rank]]
-        if self.same_count:
-            own += [np.empty(0, np.int64)] * (max(map(len, plan)) - len(own))
-        return indices, own
+        plan = plan_micro_batches(
+            self.dataset.sizes[indices],
+            num_ranks=self.world_size,
+            budget=self.budget,
+            same_count=self.same_count,
+        )
+        return indices, [indices[positions] for positions in plan[self.rank]]
 
     def __iter__(self) -> Iterator[StepBatch[Batch]]:
         planned: deque[tuple[int, np.ndarray, int]] = deque()  # step, global batch, number of micro-batches

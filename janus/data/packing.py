@@ -65,7 +65,12 @@ def check_fits(sizes: np.ndarray, budget: Budget, identifier: Callable[[int], st
 
 
 def plan_micro_batches(
-    sizes: np.ndarray, *, num_ranks: int, budget: Budget, cost: np.ndarray | None = None
+    sizes: np.ndarray,
+    *,
+    num_ranks: int,
+    budget: Budget,
+    cost: np.ndarray | None = None,
+    same_count: bool = False,
 ) -> list[list[np.ndarray]]:
     """Split a global batch over ranks, balanced by cost, and each share into micro-batches within the budget.
 
@@ -73,43 +78,151 @@ def plan_micro_batches(
         sizes: (n, columns) sizes of the records of the global batch.
         budget: per micro-batch; every record fits on its own (`check_fits`).
         cost: (n,) work of each record; by default the sum of its sizes.
+        same_count: give every rank as many micro-batches as the one with the most needs, for ranks that run each
+            together: the first of all ranks of like cost, and so on; without records where there are too few.
     Returns:
         Per rank a list of micro-batches, each an array of positions 0..n-1 in rising order. Every position occurs
-        exactly once; a rank without records has an empty list.
+        exactly once; without `same_count` a rank without records has an empty list.
     """
     cost = sizes.sum(axis=1) if cost is None else cost
-    plan = []
-    for share in _balance(cost, num_ranks):
-        plan.append([np.sort(share[bin_]) for bin_ in _pack(sizes[share], budget)])
+    order = np.argsort(-cost, kind="stable")
+    records = _Records(cost[order].astype(np.float64).tolist(), sizes[order], budget.capacity(sizes.shape[1]))
+    shares = _exchanged(_balance(records.cost, [0.0] * num_ranks), records)
+    plan = _split(shares, records)
+    if same_count:
+        plan = _aligned(shares, plan, records)
+    return [[np.sort(order[part]) for part in parts] for parts in plan]
+
+
+@dataclass(frozen=True)
+class _Records:
+    """Those of a global batch, costliest first: their cost, their sizes (n, columns), and limits (columns,)."""
+
+    cost: list[float]
+    sizes: np.ndarray
+    capacity: np.ndarray
+
+
+def _balance(falling: Sequence[float], wanted: Sequence[float]) -> list[list[int]]:
+    """Largest first, each to the bin that lacks most of what it should have.
+
+    With bins alike: at most 4/3 of the best possible largest load (Graham 1969).
+    """
+    bins: list[list[int]] = [[] for _ in wanted]
+    loads = [(-load, number) for number, load in enumerate(wanted)]
+    heapq.heapify(loads)
+    for i, value in enumerate(falling):
+        load, number = loads[0]
+        bins[number].append(i)
+        heapq.heapreplace(loads, (load + value, number))
+    return bins
+
+
+def _exchanged(shares: list[list[int]], records: _Records) -> list[list[int]]:
+    """With records of the most and the least loaded share exchanged one for one, as long as it helps and must be."""
+    cost = np.array(records.cost)
+    loads = np.array([cost[share].sum() for share in shares])
+    good = _GOOD * loads.mean()
+    for _ in range(len(shares)):
+        most, least = int(loads.argmax()), int(loads.argmin())
+        gap = loads[most] - loads[least]
+        if loads[most] <= good or not shares[least]:
+            break
+        moved = cost[shares[most]][:, None] - cost[shares[least]]
+        give, take = np.unravel_index(np.abs(moved - gap / 2).argmin(), moved.shape)
+        if not 0.0 < (amount := moved[give, take]) < gap:
+            break
+        first, second = shares[most], shares[least]
+        first[give], second[take] = second[take], first[give]
+        first.sort()
+        second.sort()
+        loads[most] -= amount
+        loads[least] += amount
+    return shares
+
+
+_ATTEMPTS = 3
+"""With one part more each. First fit then needs fewer parts than another would."""
+_GOOD = 1.005
+"""Largest load over the mean that is worth no more search."""
+
+
+def _split(shares: list[list[int]], records: _Records) -> list[list[list[int]]]:
+    """Each share as balanced parts within the capacity: as few as its sums allow, or, where balance misses, a few more.
+
+    Where that fails too, first fit of the largest first, which always fits.
+    """
+    plan = [[share] if share else [] for share in shares]
+    exceeding = _exceeding(plan, range(len(plan)), records)
+    for attempt in range(_ATTEMPTS):
+        for number in exceeding:
+            share, count = shares[number], len(plan[number]) + 1
+            if attempt == 0:
+                count = int(np.ceil(records.sizes[share].sum(axis=0) / records.capacity).max())
+            plan[number] = _divided(share, [0.0] * min(count, len(share)), records)
+        exceeding = _exceeding(plan, exceeding, records)
+    for number in exceeding:
+        plan[number] = _first_fit(shares[number], records)
     return plan
 
 
-def _balance(cost: np.ndarray, num_ranks: int) -> list[np.ndarray]:
-    """Largest first, each to the least loaded rank (at most 4/3 of the best possible largest load; Graham 1969)."""
-    shares: list[list[int]] = [[] for _ in range(num_ranks)]
-    loads = [(0.0, rank) for rank in range(num_ranks)]
-    for i in np.argsort(-cost, kind="stable"):
-        load, rank = heapq.heappop(loads)
-        shares[rank].append(int(i))
-        heapq.heappush(loads, (load + float(cost[i]), rank))
-    return [np.array(share, dtype=np.int64) for share in shares]
+def _aligned(shares: list[list[int]], plan: list[list[list[int]]], records: _Records) -> list[list[list[int]]]:
+    """As many parts of every share, the first of all shares of like cost, and so on; some empty for want of records.
+
+    A share that is one large record has its first part from that; the others then take as much into theirs.
+    """
+    count = max(map(len, plan))
+    best, shortest = _padded(plan, count), float("inf")
+    mean = sum(records.cost) / len(shares)
+    wanted = [0.0] * count
+    for known in range(1, count + 1):
+        tried = [_divided(share, wanted, records) for share in shares]
+        for number in _exceeding(tried, range(len(tried)), records):
+            tried[number] = plan[number]
+        tried = _padded(tried, count)
+        longest = [max(sum(records.cost[i] for i in parts[m]) for parts in tried) for m in range(count)]
+        if sum(longest) < shortest:
+            best, shortest = tried, sum(longest)
+        if shortest <= _GOOD * mean or known == count:
+            break
+        rest = max(0.0, mean - sum(longest[:known])) / (count - known)
+        wanted = longest[:known] + [rest] * (count - known)
+    return best
 
 
-def _pack(sizes: np.ndarray, budget: Budget) -> Sequence[Sequence[int]]:
-    """First fit in the given (falling) order: the bins as lists of positions."""
-    bins: list[list[int]] = []
-    if not len(sizes):
+def _padded(plan: list[list[list[int]]], count: int) -> list[list[list[int]]]:
+    return [parts + [[] for _ in range(count - len(parts))] for parts in plan]
+
+
+def _divided(share: list[int], wanted: Sequence[float], records: _Records) -> list[list[int]]:
+    """A share as parts of about the wanted cost, those that get a record."""
+    return [[share[i] for i in part] for part in _balance([records.cost[i] for i in share], wanted) if part]
+
+
+def _exceeding(plan: list[list[list[int]]], numbers: Sequence[int], records: _Records) -> list[int]:
+    """Those of the shares `numbers` of which a part exceeds the capacity."""
+    limited = np.isfinite(records.capacity)
+    parts = [part for number in numbers for part in plan[number]]
+    if not parts or not limited.any():
         return []
-    if all(limit is None for limit in budget.limits):
-        return [range(len(sizes))]
-    capacity = budget.capacity(sizes.shape[1])
-    room = np.empty((len(sizes), len(capacity)))
-    for i, size in enumerate(sizes):
-        fits = (room[: len(bins)] >= size).all(axis=1)
-        chosen = int(fits.argmax()) if fits.any() else len(bins)
-        if chosen == len(bins):
-            bins.append([])
-            room[chosen] = capacity
-        bins[chosen].append(i)
+    flat = np.fromiter((i for part in parts for i in part), np.int64)
+    starts = np.cumsum([0, *map(len, parts[:-1])])
+    sums = np.add.reduceat(records.sizes[flat][:, limited], starts, axis=0)
+    owner = np.repeat(numbers, [len(plan[number]) for number in numbers])
+    return np.unique(owner[(sums > records.capacity[limited]).any(axis=1)]).tolist()
+
+
+def _first_fit(share: list[int], records: _Records) -> list[list[int]]:
+    """Each record into the first part that has room for it."""
+    parts: list[list[int]] = []
+    room = np.empty((len(share), len(records.capacity)))
+    for i in share:
+        size = records.sizes[i]
+        fits = (room[: len(parts)] >= size).all(axis=1)
+        chosen = int(fits.argmax()) if fits.any() else len(parts)
+        if chosen == len(parts):
+            parts.append([])
+            room[chosen] = records.capacity
+        parts[chosen].append(i)
         room[chosen] -= size
-    return bins
+    return parts
