@@ -35,6 +35,7 @@ from janus.mesh import Mesh, open_mesh
 from janus.ops.fused import compile_kernels
 from janus.sharding.logical import EXPERT_ATTRIBUTE, split_of, whole_of
 from matris.blocks.module import MatRISConfig
+from matris.calibration import formula_cost
 from matris.data.dataset import MicroBatch, StructureDataset, graph_budget, label_totals
 from matris.evaluation import collate_for
 from matris.graph.batch import LabelTotals
@@ -181,7 +182,10 @@ class CountedLoader(StepLoader[MicroBatch]):
         """
         indices = self.sampler.indices(step)
         shares = plan_micro_batches(
-            self.dataset.sizes[indices], num_ranks=self.world_size * self.count, budget=self.budget
+            self.dataset.sizes[indices],
+            num_ranks=self.world_size * self.count,
+            budget=self.budget,
+            cost=self.cost[indices],
         )
         if any(len(share) > 1 for share in shares):
             raise ValueError(
@@ -376,6 +380,7 @@ class Job:
             rank=self._mesh.batch.rank,
             world_size=self._mesh.batch.size,
             budget=graph_budget(max_atoms=data.max_atoms, max_edges=data.max_edges, max_angles=data.max_angles),
+            cost=formula_cost(model.hyper).of_records(dataset.sizes),
             num_workers=data.num_workers,
             pin_memory=self._mesh.device.type == "cuda",
         )

@@ -16,11 +16,13 @@ from matris.config import TASK_FIELDS, LossConfig, ModelConfig
 from matris.presets import PRESETS
 from matris.train_config import DataConfig, ParallelConfig, TrainConfig
 
+_NO_OPTIONS = ("global_batch_size", "num_workers", "cost_model")
+"""Of the data: Megatron's own, or not for its loop."""
 _OPTIONS = {
     "data": tuple(
         entry.name
         for entry in fields(DataConfig)
-        if entry.name not in ("global_batch_size", "num_workers") and not entry.name.startswith("global_max_")
+        if entry.name not in _NO_OPTIONS and not entry.name.startswith("global_max_")
     ),
     "model": tuple(entry.name for entry in fields(ModelConfig) if entry.name not in TASK_FIELDS),
     "loss": tuple(entry.name for entry in fields(LossConfig)),
@@ -234,6 +236,8 @@ def _check_settings(config: TrainConfig) -> None:
             "data.global_max_atoms, global_max_edges and global_max_angles: Megatron's loop counts structures; give "
             "--global-batch-size"
         )
+    if config.data.cost_model != "formula":
+        raise ValueError(f"data.cost_model is {config.data.cost_model}: in Megatron's loop only formula; leave it out")
     if config.parallel.fully_sharded_size > 1:
         raise ValueError(f"parallel.fully_sharded_size is {config.parallel.fully_sharded_size}: {_SHARDED}")
     if config.optim.decay_1d:

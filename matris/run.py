@@ -26,8 +26,9 @@ from janus.telemetry.peak import Format
 from janus.training.memory import keep_freed_memory
 from janus.training.occupancy import occupied
 from janus.training.trainer import Outcome, Trainer, TrainerConfig
+from matris.calibration import calibrate
 from matris.config import TASK_FIELDS, Precision
-from matris.evaluation import evaluate_dataset, evaluation_source
+from matris.evaluation import collate_for, evaluate_dataset, evaluation_source
 from matris.exported import check_model, load_model, num_parameters
 from matris.metrics import metrics_line
 from matris.model import Prediction
@@ -122,6 +123,8 @@ def _train(config: TrainConfig, setup: Setup, mesh: Mesh, output: Path) -> Outco
         peak=find_peak(mesh.device, _PRODUCTS[training.precision], given_tflops=training.peak_tflops),
     )
     trainer.resume()
+    if setup.cost.wants_times and setup.learner.step < setup.num_steps:
+        _calibrate(setup, mesh)
     if config.init_from is not None and setup.learner.step == 0:
         _verify_base(config, setup, mesh)
     # Only now: settings that are refused, or train nothing, must not replace those of a run that is there.
@@ -130,6 +133,23 @@ def _train(config: TrainConfig, setup: Setup, mesh: Mesh, output: Path) -> Outco
     on_main_rank(lambda: _open_output(output, text), mesh)
     _restore_best(trainer, mesh, output / "best")
     return trainer.run()
+
+
+def _calibrate(setup: Setup, mesh: Mesh) -> None:
+    train, portions = setup.datasets.train, setup.portions
+    assert portions.budget is not None
+    text = calibrate(
+        setup.cost,
+        setup.task,
+        setup.learner,
+        train,
+        setup.sampler.indices(setup.learner.step),
+        collate=collate_for(setup.model, train, portions.partitioner),
+        budget=portions.budget,
+        mesh=mesh,
+    )
+    if mesh.is_main:
+        print(f"{'cost model':<12} {text}", flush=True)
 
 
 def _restore_best(trainer: Trainer, mesh: Mesh, directory: Path) -> None:

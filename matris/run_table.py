@@ -106,10 +106,11 @@ def _batch(config: TrainConfig, setup: Setup, mesh: Mesh) -> str:
     for step in range(min(_PLANNED_STEPS, setup.num_steps)):
         own = sizes[setup.sampler.indices(step)]
         assert setup.portions.budget is not None
-        plan = plan_micro_batches(own, num_ranks=mesh.batch.size, budget=setup.portions.budget)
+        cost = setup.cost.model.of_records(own)
+        plan = plan_micro_batches(own, num_ranks=mesh.batch.size, budget=setup.portions.budget, cost=cost)
         counts.append(len(own))
         pieces += [len(share) for share in plan]
-        loads = [sum(int(own[part].sum()) for part in share) for share in plan]
+        loads = [sum(float(cost[part].sum()) for part in share) for share in plan]
         imbalance.append(max(loads) / (sum(loads) / len(loads)))
     data = config.data
     size = data.structures_per_update or float(np.mean(counts))

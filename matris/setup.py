@@ -17,6 +17,7 @@ from janus.optim import AdamWConfig, DecayStyle, Schedule
 from janus.training.learner import Learner
 from janus.training.task import EvaluationSource, TrainingSource
 from matris.blocks.module import ExpertOptions
+from matris.calibration import PackingCost
 from matris.config import ModelConfig, Precision
 from matris.data.dataset import MicroBatch, StructureDataset, graph_budget, label_totals
 from matris.data.records import LABEL_NAMES
@@ -68,6 +69,7 @@ class Setup:
         sampler: global batch of each step.
         num_steps, steps_per_epoch: length of the run and of a pass over the training data.
         portions: how data sets are cut for evaluation; its budget is that of the micro-batches of training too.
+        cost: by which structures are divided over the ranks.
         train, valid: batches of this rank.
     """
 
@@ -79,6 +81,7 @@ class Setup:
     num_steps: int
     steps_per_epoch: int
     portions: Portions
+    cost: PackingCost
     train: TrainingSource
     valid: EvaluationSource | None
 
@@ -144,6 +147,8 @@ def build_setup(config: TrainConfig, mesh: Mesh) -> Setup:
         if dataset is not None:  # refuses structures that are too large, before the run begins
             evaluation_source(dataset, model, mesh, portions)
 
+    cost = PackingCost(model.hyper, calibrated=data.cost_model == "calibrated")
+
     def batches(start_step: int) -> StepLoader[MicroBatch]:
         return StepLoader(
             datasets.train,
@@ -154,6 +159,7 @@ def build_setup(config: TrainConfig, mesh: Mesh) -> Setup:
             rank=mesh.batch.rank,
             world_size=mesh.batch.size,
             budget=portions.budget,
+            cost=cost.model.of_records(datasets.train.sizes),
             same_count=mesh.in_step,
             num_workers=data.num_workers,
             pin_memory=mesh.device.type == "cuda",
@@ -169,7 +175,13 @@ def build_setup(config: TrainConfig, mesh: Mesh) -> Setup:
         num_steps=num_steps,
         steps_per_epoch=steps_per_epoch,
         portions=portions,
-        train=TrainingSource(batches=batches, totals=lambda indices: label_totals(datasets.train, indices)),
+        cost=cost,
+        train=TrainingSource(
+            batches=batches,
+            totals=lambda indices: label_totals(datasets.train, indices),
+            facts=cost.facts,
+            restore=cost.restore,
+        ),
         valid=None if datasets.valid is None else evaluation_source(datasets.valid, model, mesh, portions),
     )
 

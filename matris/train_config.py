@@ -114,6 +114,9 @@ class DataConfig:
             is cut and its gradients accumulated.
         max_edges: directed edges per micro-batch.
         max_angles: angles per micro-batch.
+        cost_model: by which an update's structures are divided evenly over the ranks: `formula`, the FLOPs of their
+            atoms, edges and angles; or `calibrated`, the times of a few micro-batches at the start of the run, which a
+            resumed run keeps (another start of the same run may divide them otherwise, as clocks do).
         num_workers: processes per rank that build graphs ahead; 0 builds them in the training process.
         cache_dir: where raw files are prepared to; by default `~/.cache/janus-matris`.
         energy_key: name of the total energy (eV) in raw files; by default REF_energy, then energy; likewise below.
@@ -143,6 +146,7 @@ class DataConfig:
     max_atoms: int | None = None
     max_edges: int | None = None
     max_angles: int | None = None
+    cost_model: Literal["formula", "calibrated"] = "formula"
     num_workers: int = 0
     cache_dir: str | None = None
     energy_key: str | None = None

@@ -91,10 +91,14 @@ class TrainingSource:
         batches: step -> iterator over the batches of that step and all later ones. What it yields for a step depends
             on nothing but the step, so that a resumed run continues the data exactly.
         totals: denominators of the loss of a global batch, from its indices.
+        facts: what `batches` depends on and a clock has decided, JSON-ready; kept in checkpoints.
+        restore: takes the facts of a checkpoint, None where it has none.
     """
 
     batches: Callable[[int], Iterable[Batch]]
     totals: Callable[[np.ndarray], Any]
+    facts: Callable[[], Any] = lambda: None
+    restore: Callable[[Any], None] = lambda facts: None
 
 
 @dataclass(frozen=True, kw_only=True)

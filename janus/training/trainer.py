@@ -308,6 +308,7 @@ class Trainer:
             "settings": self.settings,
             "provenance": self.provenance,
             "export": self.task.export_facts(),
+            "batches": self.train.facts(),
             "rng": gather_objects(capture_rng(), self.mesh),
         }
         self.store.save(self.learner.step, self.learner.shards(), state, best_step=self.best_step)
@@ -375,6 +376,7 @@ class Trainer:
         if state["best_step"] is not None and self._is_own(path):
             self.best_step, self.best_loss = int(state["best_step"]), float(state["best_loss"])
         self.validation = state.get("validation")
+        self.train.restore(state.get("batches"))
         if len(state["rng"]) == self.mesh.world_size:
             restore_rng(state["rng"][self.mesh.rank])
         elif state["rng"]:
