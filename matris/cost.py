@@ -1,4 +1,4 @@
-"""Matrix-product FLOPs of a training step, exactly, from hyper-parameters and the counts of a batch.
+"""Matrix-product FLOPs and bytes of a training step, exactly, from hyper-parameters and the counts of a batch.
 
 A product y = x W^T of n rows costs 2 n inputs outputs each time it runs, and a step runs it up to six times:
 
@@ -10,6 +10,11 @@ A product y = x W^T of n rows costs 2 n inputs outputs each time it runs, and a 
 So a step costs six forward passes but for inputs that are the same wherever the atoms are (the first block's atoms),
 inputs before which nothing is trained (fixed bases), and the energy's last layer, whose g_y is constant. Recomputation
 runs no product again. `tests/matris/test_cost.py` counts what torch runs and finds the same numbers.
+
+Each run of it moves rows inputs + inputs outputs + rows outputs numbers between memory and processor, if each operand
+is read once and each result written once. That is what a step moves whose other operations all happen on the way, in
+the products' kernels: a bound for kernels of one product each. Which experts serve a batch is not known here, so no more of
+their weights are counted than every batch uses.
 
 Counted are the rows that a rank owns, as one process would compute them: rows that it borrows, and a tensor axis,
 change nothing. Sums over channels that happen to be written as products with a vector are no matrix products.
@@ -74,8 +79,8 @@ class Derivatives:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flops:
-    """Of the three passes of a step.
+class PerPass:
+    """A number for each of the three passes of a step.
 
     Attributes:
         forward: energies and magnetic moments.
@@ -92,10 +97,13 @@ class Flops:
         """Of all three."""
         return self.forward + self.force + self.second
 
-    def __add__(self, other: Flops) -> Flops:
-        return Flops(
+    def __add__(self, other: PerPass) -> PerPass:
+        return PerPass(
             forward=self.forward + other.forward, force=self.force + other.force, second=self.second + other.second
         )
+
+    def __mul__(self, factor: int) -> PerPass:
+        return PerPass(forward=factor * self.forward, force=factor * self.force, second=factor * self.second)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,10 +114,12 @@ class Product:
         part: where it is.
         rows, inputs, outputs: (rows, inputs) to (rows, outputs).
         times: how many of the kind there are.
+        matrices: by how many matrices, each for a part of the rows, at least.
         moves: whether the input depends on the positions.
         after_weights: whether anything trained lies before the input.
         is_last: whether the energy is a sum of its outputs.
         of_energy: whether the energy depends on it.
+        in_full: whether it is computed in fp32 where the precision is mixed.
         trained: whether the loss depends on it.
     """
 
@@ -118,32 +128,73 @@ class Product:
     inputs: int
     outputs: int
     times: int = 1
+    matrices: int = 1
     moves: bool = True
     after_weights: bool = True
     is_last: bool = False
+    in_full: bool = False
     of_energy: bool = True
     trained: bool = True
 
-    def flops(self, *, force_pass: bool) -> Flops:
-        """Of a step with or without a force pass; see the head of this module."""
-        once = 2 * self.times * self.rows * self.inputs * self.outputs
+    @property
+    def flops(self) -> int:
+        """Of one run of all of the kind."""
+        return 2 * self.times * self.rows * self.inputs * self.outputs
+
+    @property
+    def elements(self) -> int:
+        """That one run of all of the kind reads and writes."""
+        rows, matrices = self.rows * (self.inputs + self.outputs), self.matrices * self.inputs * self.outputs
+        return self.times * (rows + matrices)
+
+    def runs(self, *, force_pass: bool) -> PerPass:
+        """In a step with or without a force pass; see the head of this module."""
         differentiated = force_pass and self.of_energy and self.moves
         second = int(self.trained) * (1 + self.after_weights) + int(differentiated) * (1 + (not self.is_last))
-        return Flops(forward=once, force=once * differentiated, second=once * second)
+        return PerPass(forward=1, force=int(differentiated), second=second)
 
 
-def step_flops(config: ModelConfig, counts: Counts, derivatives: Derivatives) -> Flops:
+def step_flops(config: ModelConfig, counts: Counts, derivatives: Derivatives) -> PerPass:
     """Of one micro-batch."""
-    return sum(flops_by_part(config, counts, derivatives).values(), Flops())
+    return sum(flops_by_part(config, counts, derivatives).values(), PerPass())
 
 
-def flops_by_part(config: ModelConfig, counts: Counts, derivatives: Derivatives) -> dict[Part, Flops]:
+def step_bytes(config: ModelConfig, counts: Counts, derivatives: Derivatives, *, itemsize: int) -> PerPass:
+    """Of one micro-batch, products with elements of `itemsize` bytes, and geometry in float64."""
+    return sum(bytes_by_part(config, counts, derivatives, itemsize=itemsize).values(), PerPass())
+
+
+def flops_by_part(config: ModelConfig, counts: Counts, derivatives: Derivatives) -> dict[Part, PerPass]:
     """Of one micro-batch, every part."""
-    found = dict.fromkeys(Part, Flops())
-    found[Part.geometry] = _geometry(counts, derivatives)
+    found = dict.fromkeys(Part, PerPass())
+    found[Part.geometry] = _geometry(counts, derivatives, row=18, cell=54)
     for product in products(config, counts, magmoms=derivatives.magmoms):
-        found[product.part] += product.flops(force_pass=derivatives.any)
+        found[product.part] += product.runs(force_pass=derivatives.any) * product.flops
     return found
+
+
+def bytes_by_part(
+    config: ModelConfig, counts: Counts, derivatives: Derivatives, *, itemsize: int
+) -> dict[Part, PerPass]:
+    """Likewise, what `step_bytes` sums."""
+    found = dict.fromkeys(Part, PerPass())
+    found[Part.geometry] = _geometry(counts, derivatives, row=15 * 8, cell=27 * 8)
+    for product in products(config, counts, magmoms=derivatives.magmoms):
+        size = max(itemsize, 4) if product.in_full else itemsize
+        found[product.part] += product.runs(force_pass=derivatives.any) * (size * product.elements)
+    return found
+
+
+def update_bytes(num_parameters: int, *, itemsize: int = 4, averaged: bool = True, clipped: bool = True) -> int:
+    """Of an update by AdamW, with everything read and written once.
+
+    Args:
+        num_parameters: that this rank updates.
+        averaged: whether there is a moving average: reads it and the new weights, writes it.
+        clipped: whether the norm of the gradients is formed before any is used.
+    """
+    # Weights, both moments: read and written; gradients: read.
+    return itemsize * num_parameters * (7 + 3 * averaged + clipped)
 
 
 def products(config: ModelConfig, counts: Counts, *, magmoms: bool = False) -> Iterator[Product]:
@@ -158,17 +209,19 @@ def products(config: ModelConfig, counts: Counts, *, magmoms: bool = False) -> I
     yield from _readout(config, counts, magmoms=magmoms)
 
 
-def _geometry(counts: Counts, derivatives: Derivatives) -> Flops:
+def _geometry(counts: Counts, derivatives: Derivatives, *, row: int, cell: int) -> PerPass:
     """Rows times 3 x 3 matrices, in float64: positions and cell by the strain, images by the cell.
+
+    A row and its matrix, or a cell and its strain, count as given.
 
     Neither factor is a weight, so the second backward pass only takes the derivatives of the force pass.
     """
     if not derivatives.stress:
-        return Flops(forward=18 * counts.undirected)
-    positions, cell, images = 18 * counts.atoms, 54 * counts.structures, 18 * counts.undirected
-    for_strain = positions + cell + images
+        return PerPass(forward=row * counts.undirected)
+    positions = row * counts.atoms
+    for_strain = positions + cell * counts.structures + row * counts.undirected
     force = for_strain + positions * derivatives.forces
-    return Flops(forward=for_strain, force=force, second=force)
+    return PerPass(forward=for_strain, force=force, second=force)
 
 
 def _embedding(config: ModelConfig, counts: Counts) -> Iterator[Product]:
@@ -180,12 +233,12 @@ def _embedding(config: ModelConfig, counts: Counts) -> Iterator[Product]:
         yield Product(part=part, rows=counts.structures, inputs=4 * width, outputs=width, moves=False)
         yield Product(part=part, rows=counts.structures, inputs=width, outputs=width, times=2, moves=False)
     # Two layers in a row become one, by the product of their weights.
-    yield Product(part=part, rows=width, inputs=width, outputs=columns, moves=False)
-    yield Product(part=part, rows=width, inputs=width, outputs=angular, moves=False)
-    yield _of_radial_basis(config, counts, part)
+    yield Product(part=part, rows=width, inputs=width, outputs=columns, moves=False, in_full=True)
+    yield Product(part=part, rows=width, inputs=width, outputs=angular, moves=False, in_full=True)
+    yield replace(_of_radial_basis(config, counts, part), in_full=True)
     yield Product(part=part, rows=counts.undirected, inputs=width, outputs=width)
     trained = config.learnable_basis and config.angular_basis is AngularBasis.fourier
-    yield Product(part=part, rows=counts.angles, inputs=angular, outputs=width, after_weights=trained)
+    yield Product(part=part, rows=counts.angles, inputs=angular, outputs=width, after_weights=trained, in_full=True)
 
 
 def _block(config: ModelConfig, counts: Counts, *, is_first: bool, is_last: bool) -> Iterator[Product]:
@@ -222,7 +275,8 @@ def _atom_attention(config: ModelConfig, counts: Counts, *, is_first: bool) -> I
     atoms, edges, moves = counts.atoms, counts.undirected, not is_first
     if has_experts and not config.separable_attention:
         yield Product(part=part, rows=atoms, inputs=width, outputs=2 * width, moves=moves)  # queries
-        yield Product(part=part, rows=counts.edges, inputs=width, outputs=3 * width)  # keys and values
+        yield Product(part=part, rows=counts.edges, inputs=width, outputs=2 * width)  # keys
+        yield Product(part=part, rows=counts.edges, inputs=width, outputs=width)  # values
         yield Product(part=part, rows=atoms, inputs=width, outputs=width, times=2)  # outputs
     else:
         yield Product(part=part, rows=edges, inputs=width, outputs=2 * width)  # logits
@@ -232,8 +286,10 @@ def _atom_attention(config: ModelConfig, counts: Counts, *, is_first: bool) -> I
     yield Product(part=part, rows=atoms, inputs=width, outputs=2 * hidden, moves=moves)
     for tokens in (counts.edges, atoms) if has_experts else ():
         rows = config.moe_router_topk * tokens
-        yield Product(part=part, rows=rows, inputs=3 * width, outputs=2 * hidden)
-        yield Product(part=part, rows=rows, inputs=hidden, outputs=width, times=2)
+        # An atom has so many experts, so no fewer serve any batch that has atoms, and edges.
+        matrices = min(config.moe_router_topk, rows)
+        yield Product(part=part, rows=rows, inputs=3 * width, outputs=2 * hidden, matrices=matrices)
+        yield Product(part=part, rows=rows, inputs=hidden, outputs=width, times=2, matrices=matrices)
 
 
 def _readout(config: ModelConfig, counts: Counts, *, magmoms: bool) -> Iterator[Product]:
