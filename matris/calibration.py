@@ -54,8 +54,8 @@ class PackingCost:
         self._calibrated = self.wants_times = calibrated
 
     def facts(self) -> dict[str, Any] | None:
-        """For a checkpoint: the calibrated model, if there is one. A resumed run keeps it, so that no clock has a say in
-        which micro-batch a structure is."""
+        """For a checkpoint: the calibrated model, if there is one. A resumed run keeps it, so that no clock has a say
+        in which micro-batch a structure is."""
         if not self._calibrated or self.wants_times:
             return None
         return {"constant": self.model.constant, "weights": list(self.model.weights)}

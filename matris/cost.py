@@ -13,8 +13,8 @@ runs no product again. `tests/matris/test_cost.py` counts what torch runs and fi
 
 Each run of it moves rows inputs + inputs outputs + rows outputs numbers between memory and processor, if each operand
 is read once and each result written once. That is what a step moves whose other operations all happen on the way, in
-the products' kernels: a bound for kernels of one product each. Which experts serve a batch is not known here, so no more of
-their weights are counted than every batch uses.
+the products' kernels: a bound for kernels of one product each. Which experts serve a batch is not known here, so of
+their weights no more are counted than every batch uses.
 
 Counted are the rows that a rank owns, as one process would compute them: rows that it borrows, and a tensor axis,
 change nothing. Sums over channels that happen to be written as products with a vector are no matrix products.
