@@ -10,16 +10,37 @@ import numpy as np
 
 
 @dataclass(frozen=True, kw_only=True)
+class MemoryLimit:
+    """Bytes of a micro-batch as a sum over its records.
+
+    Attributes:
+        available: for a micro-batch.
+        per_unit: bytes of a unit of each column of `sizes`.
+        advice: what to do about a record that needs more on its own, for messages.
+    """
+
+    available: float
+    per_unit: tuple[float, ...]
+    advice: str
+
+    def of_records(self, sizes: np.ndarray) -> np.ndarray:
+        """(n,) bytes of each record (n, columns)."""
+        return sizes @ np.array(self.per_unit)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Budget:
     """Largest sums of record sizes in one micro-batch (or one global batch).
 
     Attributes:
         limits: one per column of `sizes`; None for no limit. Empty: no limit at all.
         names: what the columns count, for messages.
+        memory: also a limit of the bytes that a micro-batch needs.
     """
 
     limits: tuple[int | None, ...] = ()
     names: tuple[str, ...] = ()
+    memory: MemoryLimit | None = None
 
     def __post_init__(self) -> None:
         if len(self.limits) != len(self.names):
@@ -29,9 +50,14 @@ class Budget:
                 raise ValueError(f"budget of {limit} {name}: at least 1 is needed; leave it out for no limit")
 
     def capacity(self, columns: int) -> np.ndarray:
-        """Limits as (columns,) float64, inf where there is none."""
+        """Limits of what `measure` gives, float64, inf where there is none."""
         limits = self.limits or (None,) * columns
-        return np.array([np.inf if limit is None else limit for limit in limits])
+        of_memory = () if self.memory is None else (self.memory.available,)
+        return np.array([np.inf if limit is None else limit for limit in (*limits, *of_memory)])
+
+    def measure(self, sizes: np.ndarray) -> np.ndarray:
+        """What is limited of records: their sizes (n, columns), and with a limit of memory one column more."""
+        return sizes if self.memory is None else np.column_stack([sizes, self.memory.of_records(sizes)])
 
 
 def check_fits(sizes: np.ndarray, budget: Budget, identifier: Callable[[int], str]) -> None:
@@ -43,7 +69,10 @@ def check_fits(sizes: np.ndarray, budget: Budget, identifier: Callable[[int], st
     Raises:
         ValueError: names the records (the first ten) with their sizes and says which limits would do.
     """
-    too_large = np.nonzero((sizes > budget.capacity(sizes.shape[1])).any(axis=1))[0]
+    exceeds = budget.measure(sizes) > budget.capacity(sizes.shape[1])
+    if budget.memory is not None and exceeds[:, -1].any():
+        _refuse_for_memory(np.nonzero(exceeds[:, -1])[0], sizes, budget.memory, identifier)
+    too_large = np.nonzero(exceeds.any(axis=1))[0]
     if not len(too_large):
         return
     listed = "\n".join(
@@ -61,6 +90,18 @@ def check_fits(sizes: np.ndarray, budget: Budget, identifier: Callable[[int], st
     raise ValueError(
         f"{len(too_large)} of {len(sizes)} records exceed the budget of {limits} on their own:\n{listed}{more}\n"
         f"raise the budget to at least {wanted}, or leave these records out of the data"
+    )
+
+
+def _refuse_for_memory(
+    too_large: np.ndarray, sizes: np.ndarray, memory: MemoryLimit, identifier: Callable[[int], str]
+) -> None:
+    needed = memory.of_records(sizes)
+    listed = "\n".join(f"  {identifier(int(i))}: {needed[i] / 1e9:.3g} GB" for i in too_large[:10])
+    more = f"\n  and {len(too_large) - 10} more" if len(too_large) > 10 else ""
+    raise ValueError(
+        f"{len(too_large)} of {len(sizes)} records need more memory on their own than the {memory.available / 1e9:.3g} "
+        f"GB that there are for a micro-batch:\n{listed}{more}\n{memory.advice}"
     )
 
 
@@ -86,7 +127,9 @@ def plan_micro_batches(
     """
     cost = sizes.sum(axis=1) if cost is None else cost
     order = np.argsort(-cost, kind="stable")
-    records = _Records(cost[order].astype(np.float64).tolist(), sizes[order], budget.capacity(sizes.shape[1]))
+    records = _Records(
+        cost[order].astype(np.float64).tolist(), budget.measure(sizes[order]), budget.capacity(sizes.shape[1])
+    )
     shares = _exchanged(_balance(records.cost, [0.0] * num_ranks), records)
     plan = _split(shares, records)
     if same_count:

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from janus.data.packing import Budget, check_fits, plan_micro_batches
+from janus.data.packing import Budget, MemoryLimit, check_fits, plan_micro_batches
 
 NAMES = ("atoms", "edges", "angles")
 
@@ -137,3 +137,21 @@ def test_wrong_budgets():
         Budget(limits=(1, 2))
     with pytest.raises(ValueError, match="0 atoms"):
         Budget(limits=(0,), names=("atoms",))
+
+
+def test_memory_limits_micro_batches():
+    sizes = make_sizes(64)
+    memory = MemoryLimit(available=9e6, per_unit=(1000.0, 100.0, 200.0), advice="share them")
+    needed = sizes @ (1000.0, 100.0, 200.0)
+    for limits in ((), (150, None, None)):
+        budget = Budget(limits=limits, names=NAMES[: len(limits)], memory=memory)
+        check_fits(sizes, budget, str)
+        plan = plan_micro_batches(sizes, num_ranks=2, budget=budget)
+        sums = [needed[part].sum() for parts in plan for part in parts]
+        assert max(sums) <= 9e6
+        assert len(sums) <= 1.5 * max(needed.sum() / 9e6, bool(limits) * sizes[:, 0].sum() / 150)
+    sizes[3] = 100, 4000, 60_000
+    with pytest.raises(
+        ValueError, match=r"^1 of 64 records need more memory .* 0.009 GB .*\n  file:3: 0.0125 GB\nshare"
+    ):
+        check_fits(sizes, budget, lambda i: f"file:{i}")
