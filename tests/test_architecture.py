@@ -47,7 +47,7 @@ LEVELS = {
             "matris.basis",
             "matris.plots",
         ),
-        ("matris.data", "matris.blocks", "matris.layouts"),
+        ("matris.data", "matris.blocks", "matris.layouts", "matris.memory"),
         ("matris.reference_fit", "matris.readout", "matris.run_data"),
         ("matris.model",),
         ("matris.exported", "matris.loss", "matris.metrics"),

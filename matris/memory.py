@@ -1,0 +1,146 @@
+"""Peak memory of a training step on one rank beside its weights, predicted from hyper-parameters and counts.
+
+What a step holds at its peak grows with the rows of a micro-batch: with each atom, undirected edge and angle by so many
+rows of features per block (what two backward passes want), so many once (what is on its way when the second backward
+pass begins, in the last block), and so many numbers that no width changes (geometry in float64, indices). With experts
+the edges' tokens come on top, in rows of `moe_router_topk` times the hidden width. The numbers below are of these
+programs: they were fitted to exact counts of living tensor bytes over widths, depths and shapes of graphs, and
+`tests/matris/test_memory.py` counts again, elsewhere, and allows a tenth.
+
+A tensor axis divides most of it, which is not counted, and neither is what a rank borrows over a graph axis.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from matris.config import ModelConfig
+from matris.cost import Counts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """Numbers that a row keeps alive at the peak.
+
+    Attributes:
+        block: rows of the feature width, per block.
+        once: rows of the feature width, beside.
+        numbers: whatever the width.
+        expert_block, expert_once: rows of `moe_router_topk * moe_ffn_hidden_size`, per block and beside.
+        expert_token: rows of `moe_router_topk` times the feature width, per block.
+    """
+
+    block: float
+    once: float = 0.0
+    numbers: float = 0.0
+    expert_block: float = 0.0
+    expert_once: float = 0.0
+    expert_token: float = 0.0
+
+    def common(self, config: ModelConfig) -> float:
+        """Of one row, without what is of experts."""
+        return (config.num_layers * self.block + self.once) * config.hidden_size + self.numbers
+
+    def of_experts(self, config: ModelConfig) -> float:
+        """Likewise, what is."""
+        layers, hidden = config.num_layers, config.moe_ffn_hidden_size
+        per_copy = (layers * self.expert_block + self.expert_once) * hidden
+        return config.moe_router_topk * (per_copy + layers * self.expert_token * config.hidden_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """One of each kind of row."""
+
+    atom: Held
+    undirected: Held
+    angle: Held
+
+
+_KEPT = Rows(
+    atom=Held(block=50.5, once=6.7, numbers=156.0),
+    undirected=Held(block=143.5, numbers=95.0),
+    angle=Held(block=48.0, once=15.7, numbers=36.0),
+)
+"""Without recomputation."""
+_MADE_AGAIN = Rows(
+    atom=Held(block=8.9, once=105.2),
+    undirected=Held(block=96.3, once=23.2),
+    angle=Held(block=30.4, once=23.1),
+)
+_KEPT_WITH_EXPERTS = Rows(
+    atom=Held(block=127.2),
+    undirected=Held(block=128.1, numbers=304.0, expert_block=30.2, expert_once=9.2, expert_token=9.5),
+    angle=Held(block=48.7, once=13.5, numbers=48.8),
+)
+_MADE_AGAIN_WITH_EXPERTS = Rows(
+    atom=Held(block=33.7),
+    undirected=Held(block=88.0, expert_block=15.2, expert_once=25.5),
+    angle=Held(block=32.0, once=21.0),
+)
+_BATCH_BYTES = Rows(
+    atom=Held(block=0.0, numbers=40.0), undirected=Held(block=0.0, numbers=104.0), angle=Held(block=0.0, numbers=40.0)
+)
+"""Bytes of the micro-batch itself: indices, and positions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitBytes:
+    """Bytes of a micro-batch as a linear function of its counts.
+
+    Attributes:
+        constant: of any micro-batch.
+        atom, edge, angle: for each atom, directed edge and angle.
+    """
+
+    constant: float
+    atom: float
+    edge: float
+    angle: float
+
+
+def step_memory(config: ModelConfig, counts: Counts, *, recompute_bytes: int | None, itemsize: int = 4) -> float:
+    """Bytes at the peak of a training step with forces and stress, micro-batch included, weights and gradients not.
+
+    Args:
+        recompute_bytes: as `MatRIS.recompute_bytes`; results that reach it are made again.
+        itemsize: of the features' numbers.
+    """
+    rows = {"atom": counts.atoms, "undirected": counts.undirected, "angle": counts.angles}
+    total = 0.0
+    for kind, number in rows.items():
+        results = [number * _result_bytes(config, kind, of_experts, itemsize) for of_experts in (False, True)]
+        common, of_experts = (recompute_bytes is not None and result >= recompute_bytes for result in results)
+        total += number * _row_bytes(config, kind, (common, of_experts), itemsize)
+    return total
+
+
+def unit_bytes(config: ModelConfig, *, recompute_bytes: int | None, itemsize: int = 4) -> UnitBytes:
+    """A linear bound of `step_memory`, equal but for the constant where micro-batches are large in every count."""
+    constant, of_row = 0.0, {}
+    again = recompute_bytes is not None
+    for kind in ("atom", "undirected", "angle"):
+        of_row[kind] = _row_bytes(config, kind, (again, again), itemsize)
+        for number, kept_too in enumerate(((False, True), (True, False)) if recompute_bytes is not None else ()):
+            # With fewer rows than these, results are small, and kept.
+            assert recompute_bytes is not None
+            rows = recompute_bytes / max(_result_bytes(config, kind, bool(number), itemsize), 1.0)
+            constant += rows * max(0.0, _row_bytes(config, kind, kept_too, itemsize) - of_row[kind])
+    return UnitBytes(constant=constant, atom=of_row["atom"], edge=of_row["undirected"] / 2.0, angle=of_row["angle"])
+
+
+def _result_bytes(config: ModelConfig, kind: str, of_experts: bool, itemsize: int) -> int:
+    """Of what is made for one row, of which undirected edges have two."""
+    width = 2 * config.moe_router_topk * config.moe_ffn_hidden_size if of_experts else config.hidden_size
+    return itemsize * width * (2 if kind == "undirected" else 1)
+
+
+def _row_bytes(config: ModelConfig, kind: str, made_again: tuple[bool, bool], itemsize: int) -> float:
+    """
+    Args:
+        made_again: whether common results are, and whether those of experts are.
+    """
+    kept, again = (_KEPT_WITH_EXPERTS, _MADE_AGAIN_WITH_EXPERTS) if config.num_moe_experts else (_KEPT, _MADE_AGAIN)
+    common, of_experts = (getattr(again if chosen else kept, kind) for chosen in made_again)
+    batch: Held = getattr(_BATCH_BYTES, kind)
+    return itemsize * (common.common(config) + of_experts.of_experts(config)) + batch.numbers

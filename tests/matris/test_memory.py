@@ -1,0 +1,93 @@
+"""Predicted memory of a training step against the bytes of all tensors that live at its peak."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from ase.build import bulk, molecule
+
+from matris.config import ModelConfig, Precision
+from matris.cost import Counts
+from matris.graph.batch import GraphBatch
+from matris.memory import step_memory, unit_bytes
+from matris.model import MatRIS
+from tests.matris.live_bytes import LiveBytes
+from tests.matris.structures import batch_of, rattled
+
+DENSE = ModelConfig(num_layers=3, hidden_size=40, three_body_cutoff=4.2, readout_hidden_sizes=(40, 40))
+EXPERTS = replace(DENSE, num_moe_experts=6, moe_router_topk=2, moe_ffn_hidden_size=56, kv_channels=8)
+
+
+def counted(model: MatRIS, batch: GraphBatch) -> int:
+    """Bytes at the peak, with the batch and without weights and their gradients."""
+    weights = [value for value in model.parameters() if value.requires_grad]
+    for value in weights:
+        value.grad = torch.zeros_like(value)
+    with LiveBytes() as bytes_:
+        prediction = model(batch, create_graph=True)
+        loss = prediction.energy.sum() + prediction.forces.square().sum() + prediction.stress.square().sum()
+        loss.backward(inputs=weights)
+    return bytes_.peak + sum(value.nbytes for value in vars(batch).values() if isinstance(value, torch.Tensor))
+
+
+def counts_of(batch: GraphBatch) -> Counts:
+    return Counts(
+        structures=batch.num_structures,
+        atoms=batch.num_atoms,
+        edges=batch.num_edges,
+        undirected=batch.num_undirected,
+        angles=batch.num_angles,
+    )
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("recompute_bytes", [None, 0])
+@pytest.mark.parametrize("kind", ["dense", "experts"])
+def test_prediction_is_within_a_tenth(kind: str, recompute_bytes: int | None, large: bool) -> None:
+    config = {"dense": DENSE, "experts": EXPERTS}[kind]
+    if large:
+        config = replace(config, num_layers=4, hidden_size=96)
+    model = MatRIS(config, seed=0)
+    model.readout.magmom.requires_grad_(False)
+    model.recompute_bytes = recompute_bytes
+    frames = [bulk("Si", cubic=True), bulk("Cu", cubic=True), molecule("CH3CH2OH")]
+    batch = batch_of(*(rattled(frame) for frame in frames), config=config)
+    predicted = step_memory(config, counts_of(batch), recompute_bytes=recompute_bytes)
+    assert predicted == pytest.approx(counted(model, batch), rel=0.1)
+
+
+@pytest.mark.parametrize("kind", ["dense", "experts"])
+def test_only_large_results_are_made_again(kind: str) -> None:
+    """Those of angles reach the limit, those of edges do not."""
+    config = {"dense": DENSE, "experts": EXPERTS}[kind]
+    batch = batch_of(rattled(bulk("Cu", cubic=True).repeat((2, 1, 1))), config=config)
+    limit = batch.num_angles * config.hidden_size * 4
+    assert limit > 2 * batch.num_edges * config.hidden_size * 4
+    model = MatRIS(config, seed=0)
+    model.readout.magmom.requires_grad_(False)
+    model.recompute_bytes = limit
+    predicted = step_memory(config, counts_of(batch), recompute_bytes=limit)
+    assert predicted == pytest.approx(counted(model, batch), rel=0.1)
+
+
+def test_double_precision() -> None:
+    model = MatRIS(DENSE, precision=Precision.fp64, seed=0)
+    model.readout.magmom.requires_grad_(False)
+    model.recompute_bytes = 0
+    batch = batch_of(rattled(bulk("Si", cubic=True)), config=DENSE)
+    predicted = step_memory(DENSE, counts_of(batch), recompute_bytes=0, itemsize=8)
+    assert predicted == pytest.approx(counted(model, batch), rel=0.1)
+
+
+@pytest.mark.parametrize("recompute_bytes", [None, 0, 1 << 20])
+@pytest.mark.parametrize("config", [DENSE, EXPERTS])
+def test_linear_bound(config: ModelConfig, recompute_bytes: int | None) -> None:
+    bound = unit_bytes(config, recompute_bytes=recompute_bytes)
+    for atoms, edges, angles in ((1, 0, 0), (10, 300, 4000), (500, 4000, 5000), (3000, 200_000, 2_500_000)):
+        counts = Counts(structures=1, atoms=atoms, edges=edges, undirected=edges // 2, angles=angles)
+        linear = bound.constant + atoms * bound.atom + edges * bound.edge + angles * bound.angle
+        exact = step_memory(config, counts, recompute_bytes=recompute_bytes)
+        assert linear >= exact * (1.0 - 1e-9)
+    assert linear <= 1.05 * exact
