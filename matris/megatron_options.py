@@ -16,7 +16,7 @@ from matris.config import TASK_FIELDS, LossConfig, ModelConfig
 from matris.presets import PRESETS
 from matris.train_config import DataConfig, ParallelConfig, TrainConfig
 
-_NO_OPTIONS = ("global_batch_size", "num_workers", "cost_model")
+_NO_OPTIONS = ("global_batch_size", "num_workers", "cost_model", "budget", "memory_gb")
 """Of the data: Megatron's own, or not for its loop."""
 _OPTIONS = {
     "data": tuple(
@@ -238,6 +238,11 @@ def _check_settings(config: TrainConfig) -> None:
         )
     if config.data.cost_model != "formula":
         raise ValueError(f"data.cost_model is {config.data.cost_model}: in Megatron's loop only formula; leave it out")
+    if config.data.budget != "given":
+        raise ValueError(
+            f"data.budget is {config.data.budget}: Megatron's loop has micro-batches of a given number of structures; "
+            "leave it out, and give data.max_atoms, max_edges or max_angles"
+        )
     if config.parallel.fully_sharded_size > 1:
         raise ValueError(f"parallel.fully_sharded_size is {config.parallel.fully_sharded_size}: {_SHARDED}")
     if config.optim.decay_1d:

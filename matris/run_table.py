@@ -46,7 +46,7 @@ def run_table(config: TrainConfig, setup: Setup, mesh: Mesh) -> str:
         ),
         ("ranks", f"{_ranks(config, mesh)}; precision {training.precision}{compiled}"),
         ("batch", _batch(config, setup, mesh)),
-        ("micro-batch", _budget(config)),
+        ("micro-batch", _budget(config, setup)),
         (
             "steps",
             f"{_count(setup.num_steps)} updates = {setup.num_steps / setup.steps_per_epoch:.3g} epochs of "
@@ -125,10 +125,18 @@ def _batch(config: TrainConfig, setup: Setup, mesh: Mesh) -> str:
     )
 
 
-def _budget(config: TrainConfig) -> str:
+def _budget(config: TrainConfig, setup: Setup) -> str:
     data = config.data
     limits = {"atoms": data.max_atoms, "edges": data.max_edges, "angles": data.max_angles}
     given = [f"at most {_count(limit)} {name}" for name, limit in limits.items() if limit is not None]
+    assert setup.portions.budget is not None
+    if (memory := setup.portions.budget.memory) is not None:
+        mean = setup.datasets.train.sizes.mean(axis=0)
+        atoms, edges, angles = (_count(int(n)) for n in mean * memory.available / memory.of_records(mean))
+        given.append(
+            f"at most {memory.available / 1e9:.3g} GB by prediction (auto), as of {atoms} atoms with {edges} edges and "
+            f"{angles} angles, the average of the training data"
+        )
     return ", ".join(given) or "a rank's whole share at once (no budget: data.max_atoms, max_edges, max_angles)"
 
 

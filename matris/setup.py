@@ -17,6 +17,7 @@ from janus.optim import AdamWConfig, DecayStyle, Schedule
 from janus.training.learner import Learner
 from janus.training.task import EvaluationSource, TrainingSource
 from matris.blocks.module import ExpertOptions
+from matris.budget import memory_limit
 from matris.calibration import PackingCost
 from matris.config import ModelConfig, Precision
 from matris.data.dataset import MicroBatch, StructureDataset, graph_budget, label_totals
@@ -125,6 +126,12 @@ def build_setup(config: TrainConfig, mesh: Mesh) -> Setup:
     model = task.model
     steps_per_epoch = sampler.first_step(1)
     num_steps = config.training.train_iters or sampler.first_step(config.training.train_epochs or 0)
+    budget = graph_budget(max_atoms=data.max_atoms, max_edges=data.max_edges, max_angles=data.max_angles)
+    if data.budget == "auto":
+        fixed = config.parallel.expert_placement == "fixed"
+        sizes = datasets.train.sizes
+        limit = memory_limit(model, mesh, memory_gb=data.memory_gb, sizes=sizes, fixed=fixed)
+        budget = replace(budget, memory=limit)
     learner = Learner(
         model,
         _adamw(config.optim),
@@ -139,7 +146,7 @@ def build_setup(config: TrainConfig, mesh: Mesh) -> Setup:
     portions = Portions(
         # With a global budget: about as many structures as an update has.
         batch_size=data.structures_per_update or max(DEFAULT_BATCH_SIZE, len(datasets.train) // steps_per_epoch),
-        budget=graph_budget(max_atoms=data.max_atoms, max_edges=data.max_edges, max_angles=data.max_angles),
+        budget=budget,
         num_workers=data.num_workers,
         partitioner=config.parallel.graph_partitioner,
     )

@@ -114,6 +114,9 @@ class DataConfig:
             is cut and its gradients accumulated.
         max_edges: directed edges per micro-batch.
         max_angles: angles per micro-batch.
+        budget: `auto` also limits the predicted memory of a micro-batch to what the device has beside the weights, and
+            names structures that need more on their own before the first update; `given`: only the limits above.
+        memory_gb: GB (1e9 bytes) that each rank may use, with `budget auto`; on CUDA by default what is free there.
         cost_model: by which an update's structures are divided evenly over the ranks: `formula`, the FLOPs of their
             atoms, edges and angles; or `calibrated`, the times of a few micro-batches at the start of the run, which a
             resumed run keeps (another start of the same run may divide them otherwise, as clocks do).
@@ -146,6 +149,8 @@ class DataConfig:
     max_atoms: int | None = None
     max_edges: int | None = None
     max_angles: int | None = None
+    budget: Literal["given", "auto"] = "given"
+    memory_gb: float | None = None
     cost_model: Literal["formula", "calibrated"] = "formula"
     num_workers: int = 0
     cache_dir: str | None = None
@@ -164,6 +169,13 @@ class DataConfig:
         for name in ("global_batch_size", *limits, *(f"global_{limit}" for limit in limits)):
             if (value := getattr(self, name)) is not None:
                 _check_at_least(f"data.{name}", value, 1)
+        if self.memory_gb is not None and not 0.0 < self.memory_gb < float("inf"):
+            raise ValueError(f"data.memory_gb is {self.memory_gb}: it must be positive")
+        if self.memory_gb is not None and self.budget != "auto":
+            raise ValueError(
+                f"data.memory_gb is {self.memory_gb}, but data.budget is {self.budget}, so it has no effect: give "
+                "data.budget auto, or leave it out"
+            )
         if not 0.0 <= self.valid_fraction < 1.0:
             raise ValueError(
                 f"data.valid_fraction is {self.valid_fraction}: it must be at least 0 (no validation) and below 1"

@@ -52,7 +52,7 @@ LEVELS = {
         ("matris.model",),
         ("matris.exported", "matris.loss", "matris.metrics"),
         ("matris.reference", "matris.pruning", "matris.task", "matris.calculator", "matris.relax", "matris.md"),
-        ("matris.calibration", "matris.evaluation", "matris.reference_export"),
+        ("matris.budget", "matris.calibration", "matris.evaluation", "matris.reference_export"),
         ("matris.setup", "matris.convert"),
         ("matris.run_table", "matris.verify"),
         ("matris.run",),

