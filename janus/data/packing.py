@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
+
+Plan: TypeAlias = list[list[np.ndarray]]
+"""Per rank a list of micro-batches, each an array of positions in the global batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +115,7 @@ def plan_micro_batches(
     budget: Budget,
     cost: np.ndarray | None = None,
     same_count: bool = False,
-) -> list[list[np.ndarray]]:
+) -> Plan:
     """Split a global batch over ranks, balanced by cost, and each share into micro-batches within the budget.
 
     Args:
@@ -128,60 +131,85 @@ def plan_micro_batches(
     cost = sizes.sum(axis=1) if cost is None else cost
     order = np.argsort(-cost, kind="stable")
     records = _Records(
-        cost[order].astype(np.float64).tolist(), budget.measure(sizes[order]), budget.capacity(sizes.shape[1])
+        cost[order].astype(np.float64), budget.measure(sizes[order]), budget.capacity(sizes.shape[1]), num_ranks
     )
-    shares = _exchanged(_balance(records.cost, [0.0] * num_ranks), records)
-    plan = _split(shares, records)
+    share = _exchanged(_balance(records.cost, num_ranks), records)
+    part = _split(share, records)
     if same_count:
-        plan = _aligned(shares, plan, records)
-    return [[np.sort(order[part]) for part in parts] for parts in plan]
+        part = _aligned(share, part, records)
+    return _lists(share, part, order, num_ranks, keep_empty=same_count)
 
 
 @dataclass(frozen=True)
 class _Records:
-    """Those of a global batch, costliest first: their cost, their sizes (n, columns), and limits (columns,)."""
+    """Those of a global batch, costliest first: their cost (n,), their sizes (n, columns), limits (columns,), ranks.
 
-    cost: list[float]
+    A plan of them is two numbers of each: whose share it is in, and in which part of that. Shares are numbered from 0,
+    and so are the parts of each, none of which is empty.
+    """
+
+    cost: np.ndarray
     sizes: np.ndarray
     capacity: np.ndarray
+    num_ranks: int
 
 
-def _balance(falling: Sequence[float], wanted: Sequence[float]) -> list[list[int]]:
-    """Largest first, each to the bin that lacks most of what it should have.
+def _lists(share: np.ndarray, part: np.ndarray, order: np.ndarray, num_ranks: int, *, keep_empty: bool) -> Plan:
+    """Positions of the records of each part; with `keep_empty` all shares have as many parts."""
+    most = _most(part)
+    flat = share * most + part
+    positions = order[np.lexsort((order, flat))]
+    ends = np.cumsum(np.bincount(flat, minlength=num_ranks * most)).tolist()
+    pieces = [positions[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+    rows = [pieces[start : start + most] for start in range(0, num_ranks * most, most)]
+    return rows if keep_empty else [[piece for piece in row if len(piece)] for row in rows]
 
-    With bins alike: at most 4/3 of the best possible largest load (Graham 1969).
+
+def _most(part: np.ndarray) -> int:
+    """Number of parts of the share with the most."""
+    return int(part.max(initial=-1)) + 1
+
+
+def _balance(cost: np.ndarray, num_ranks: int) -> np.ndarray:
+    """Largest first, each to the rank with the smallest load; (n,) the rank of each.
+
+    At most 4/3 of the best possible largest load (Graham 1969).
     """
-    bins: list[list[int]] = [[] for _ in wanted]
-    loads = [(-load, number) for number, load in enumerate(wanted)]
-    heapq.heapify(loads)
-    for i, value in enumerate(falling):
-        load, number = loads[0]
-        bins[number].append(i)
-        heapq.heapreplace(loads, (load + value, number))
-    return bins
+    rank, loads, start = np.empty(len(cost), np.int64), np.zeros(num_ranks), 0
+    while start < len(cost):
+        lightest = np.argsort(loads, kind="stable")
+        before = loads[lightest]
+        after = before[: len(cost) - start] + cost[start : start + num_ranks]
+        # One record to each of the lightest, up to that which is no lighter than one that has got its record.
+        in_turn = before[1 : len(after)] < np.minimum.accumulate(after[:-1])
+        count = len(after) if in_turn.all() else 1 + int(in_turn.argmin())
+        rank[start : start + count] = lightest[:count]
+        loads[lightest[:count]] = after[:count]
+        start += count
+    return rank
 
 
-def _exchanged(shares: list[list[int]], records: _Records) -> list[list[int]]:
+def _exchanged(share: np.ndarray, records: _Records) -> np.ndarray:
     """With records of the most and the least loaded share exchanged one for one, as long as it helps and must be."""
-    cost = np.array(records.cost)
-    loads = np.array([cost[share].sum() for share in shares])
+    cost = records.cost
+    loads = np.bincount(share, weights=cost, minlength=records.num_ranks)
     good = _GOOD * loads.mean()
-    for _ in range(len(shares)):
+    for _ in range(records.num_ranks):
         most, least = int(loads.argmax()), int(loads.argmin())
         gap = loads[most] - loads[least]
-        if loads[most] <= good or not shares[least]:
+        if loads[most] <= good:
             break
-        moved = cost[shares[most]][:, None] - cost[shares[least]]
+        first, second = np.flatnonzero(share == most), np.flatnonzero(share == least)
+        if not len(second):
+            break
+        moved = cost[first][:, None] - cost[second]
         give, take = np.unravel_index(np.abs(moved - gap / 2).argmin(), moved.shape)
         if not 0.0 < (amount := moved[give, take]) < gap:
             break
-        first, second = shares[most], shares[least]
-        first[give], second[take] = second[take], first[give]
-        first.sort()
-        second.sort()
+        share[first[give]], share[second[take]] = least, most
         loads[most] -= amount
         loads[least] += amount
-    return shares
+    return share
 
 
 _ATTEMPTS = 3
@@ -190,82 +218,117 @@ _GOOD = 1.005
 """Largest load over the mean that is worth no more search."""
 
 
-def _split(shares: list[list[int]], records: _Records) -> list[list[list[int]]]:
+def _split(share: np.ndarray, records: _Records) -> np.ndarray:
     """Each share as balanced parts within the capacity: as few as its sums allow, or, where balance misses, a few more.
 
     Where that fails too, first fit of the largest first, which always fits.
     """
-    plan = [[share] if share else [] for share in shares]
-    exceeding = _exceeding(plan, range(len(plan)), records)
-    for attempt in range(_ATTEMPTS):
-        for number in exceeding:
-            share, count = shares[number], len(plan[number]) + 1
-            if attempt == 0:
-                count = int(np.ceil(records.sizes[share].sum(axis=0) / records.capacity).max())
-            plan[number] = _divided(share, [0.0] * min(count, len(share)), records)
-        exceeding = _exceeding(plan, exceeding, records)
+    part = np.zeros(len(share), np.int64)
+    exceeding = _exceeding(share, part, records)
+    for attempt in range(_ATTEMPTS if len(exceeding) else 0):
+        chosen = _among(exceeding, records.num_ranks)[share]
+        if attempt == 0:
+            sums = _sums(share[chosen], records.sizes[chosen], records.num_ranks)
+            counts = np.ceil((sums / records.capacity).max(axis=1))
+        else:
+            counts = np.zeros(records.num_ranks)
+            np.maximum.at(counts, share, part + 2.0)  # one more than there are
+        free = np.where(np.arange(counts[exceeding].max()) < counts[:, None], 0.0, np.inf)
+        part[chosen] = _divided(share[chosen], records.cost[chosen], free)
+        exceeding = _exceeding(share, part, records)
+        if not len(exceeding):
+            break
     for number in exceeding:
-        plan[number] = _first_fit(shares[number], records)
-    return plan
+        chosen = np.flatnonzero(share == number)
+        part[chosen] = _first_fit(records.sizes[chosen], records.capacity)
+    return part
 
 
-def _aligned(shares: list[list[int]], plan: list[list[list[int]]], records: _Records) -> list[list[list[int]]]:
+def _aligned(share: np.ndarray, part: np.ndarray, records: _Records) -> np.ndarray:
     """As many parts of every share, the first of all shares of like cost, and so on; some empty for want of records.
 
     A share that is one large record has its first part from that; the others then take as much into theirs.
     """
-    count = max(map(len, plan))
-    best, shortest = _padded(plan, count), float("inf")
-    mean = sum(records.cost) / len(shares)
-    wanted = [0.0] * count
+    count = _most(part)
+    if count <= 1:
+        return part
+    best, shortest = part, np.inf
+    mean = records.cost.sum() / records.num_ranks
+    wanted = np.zeros(count)
     for known in range(1, count + 1):
-        tried = [_divided(share, wanted, records) for share in shares]
-        for number in _exceeding(tried, range(len(tried)), records):
-            tried[number] = plan[number]
-        tried = _padded(tried, count)
-        longest = [max(sum(records.cost[i] for i in parts[m]) for parts in tried) for m in range(count)]
-        if sum(longest) < shortest:
-            best, shortest = tried, sum(longest)
+        tried = _divided(share, records.cost, np.tile(-wanted, (records.num_ranks, 1)))
+        tried = np.where(_among(_exceeding(share, tried, records), records.num_ranks)[share], part, tried)
+        loads = np.bincount(share * count + tried, weights=records.cost, minlength=records.num_ranks * count)
+        longest = loads.reshape(-1, count).max(axis=0)
+        if longest.sum() < shortest:
+            best, shortest = tried, longest.sum()
         if shortest <= _GOOD * mean or known == count:
             break
-        rest = max(0.0, mean - sum(longest[:known])) / (count - known)
-        wanted = longest[:known] + [rest] * (count - known)
+        rest = max(0.0, mean - longest[:known].sum()) / (count - known)
+        wanted = np.concatenate([longest[:known], np.full(count - known, rest)])
     return best
 
 
-def _padded(plan: list[list[list[int]]], count: int) -> list[list[list[int]]]:
-    return [parts + [[] for _ in range(count - len(parts))] for parts in plan]
+def _divided(share: np.ndarray, cost: np.ndarray, loads: np.ndarray) -> np.ndarray:
+    """Largest first, each to the lightest part of its share; (n,) its number among those parts that get a record.
+
+    Args:
+        share, cost: (n,) of records, costliest first.
+        loads: (shares, parts) to begin with; infinite for a part that there is not.
+    """
+    by_share = np.argsort(share, kind="stable")
+    present, counts = np.unique(share, return_counts=True)
+    loads = loads[present]
+    flat, first = loads.reshape(-1), np.arange(len(present)) * loads.shape[1]
+    # All shares at once, record after record of each.
+    column = np.arange(len(share)) - np.repeat(np.cumsum(counts) - counts, counts)
+    row = np.repeat(np.arange(len(present)), counts)
+    table = np.zeros((counts.max(initial=0), len(present)))
+    table[column, row] = cost[by_share]
+    chosen = np.empty(table.shape, np.int64)
+    for step, values in enumerate(table):
+        chosen[step] = loads.argmin(axis=1)
+        flat[first + chosen[step]] += values
+    picked = chosen[column, row]
+    used = np.zeros(loads.shape, np.int64)
+    used[row, picked] = 1
+    part = np.empty(len(share), np.int64)
+    part[by_share] = (np.cumsum(used, axis=1) - 1)[row, picked]
+    return part
 
 
-def _divided(share: list[int], wanted: Sequence[float], records: _Records) -> list[list[int]]:
-    """A share as parts of about the wanted cost, those that get a record."""
-    return [[share[i] for i in part] for part in _balance([records.cost[i] for i in share], wanted) if part]
-
-
-def _exceeding(plan: list[list[list[int]]], numbers: Sequence[int], records: _Records) -> list[int]:
-    """Those of the shares `numbers` of which a part exceeds the capacity."""
+def _exceeding(share: np.ndarray, part: np.ndarray, records: _Records) -> np.ndarray:
+    """Those shares of which a part exceeds the capacity."""
     limited = np.isfinite(records.capacity)
-    parts = [part for number in numbers for part in plan[number]]
-    if not parts or not limited.any():
-        return []
-    flat = np.fromiter((i for part in parts for i in part), np.int64)
-    starts = np.cumsum([0, *map(len, parts[:-1])])
-    sums = np.add.reduceat(records.sizes[flat][:, limited], starts, axis=0)
-    owner = np.repeat(numbers, [len(plan[number]) for number in numbers])
-    return np.unique(owner[(sums > records.capacity[limited]).any(axis=1)]).tolist()
+    if not limited.any():
+        return np.empty(0, np.int64)
+    most = _most(part)
+    sums = _sums(share * most + part, records.sizes[:, limited], records.num_ranks * most)
+    return np.unique(np.flatnonzero((sums > records.capacity[limited]).any(axis=1)) // max(most, 1))
 
 
-def _first_fit(share: list[int], records: _Records) -> list[list[int]]:
-    """Each record into the first part that has room for it."""
-    parts: list[list[int]] = []
-    room = np.empty((len(share), len(records.capacity)))
-    for i in share:
-        size = records.sizes[i]
-        fits = (room[: len(parts)] >= size).all(axis=1)
-        chosen = int(fits.argmax()) if fits.any() else len(parts)
-        if chosen == len(parts):
-            parts.append([])
-            room[chosen] = records.capacity
-        parts[chosen].append(i)
-        room[chosen] -= size
-    return parts
+def _among(numbers: np.ndarray, count: int) -> np.ndarray:
+    """(count,) bool, whether a number is one of `numbers`."""
+    found = np.zeros(count, dtype=bool)
+    found[numbers] = True
+    return found
+
+
+def _sums(index: np.ndarray, sizes: np.ndarray, count: int) -> np.ndarray:
+    """(count, columns) sums of the rows of each index."""
+    return np.column_stack([np.bincount(index, weights=column, minlength=count) for column in sizes.T])
+
+
+def _first_fit(sizes: np.ndarray, capacity: np.ndarray) -> np.ndarray:
+    """Each record into the first part that has room for it; (n,) the part of each."""
+    part = np.empty(len(sizes), np.int64)
+    room = np.empty((len(sizes), len(capacity)))
+    count = 0
+    for i, size in enumerate(sizes):
+        fits = (room[:count] >= size).all(axis=1)
+        part[i] = int(fits.argmax()) if fits.any() else count
+        if part[i] == count:
+            room[count] = capacity
+            count += 1
+        room[part[i]] -= size
+    return part

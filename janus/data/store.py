@@ -1,10 +1,13 @@
 """Ragged records in one HDF5 file: written once, read at random, checked by checksums.
 
-A field has one entry per record (`axis=None`), or one per row of a named axis: record i owns the rows
-`offsets[i]:offsets[i + 1]` of that axis, so records of any size lie back to back. Optional fields carry a mask.
+A field has one entry per record (`axis=None`), or one per row of a named axis: record i owns a range of rows of that
+axis, so records of any size lie back to back. Optional fields carry a mask.
 
-Layout: `fields/<name>`, `masks/<name>`, `offsets/<axis>`, and root attributes. Chunks carry a Fletcher-32 checksum
-and the file format (HDF5 1.10) checksums its own metadata, so a damaged file is noticed wherever it is read.
+Layout: a table for the records, `records`, one for each axis, `rows/<axis>`, and root attributes. A record is a row of
+the first and consecutive rows of each other, so reading one at random takes as many reads as there are tables, whatever
+the number of fields. A row is its fields, packed, as bytes: HDF5 takes several times as long for a compound type.
+Chunks carry a Fletcher-32 checksum and the file format (HDF5 1.10) checksums its own metadata, so a damaged file is
+noticed wherever it is read.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import h5py
 import numpy as np
 
 FORMAT = "janus-store"
-VERSION = 1
+VERSION = 2
 CHUNK_BYTES = 32 * 1024  # small, because a random read loads and checks whole chunks
 COPY_RECORDS = 4096  # records held in memory at a time when stores are copied
 
@@ -71,14 +74,16 @@ class StoreWriter:
         self.num_records = 0
         self._partial = self.path.with_name(self.path.name + ".partial")
         self._file = h5py.File(self._partial, "w", libver=("v110", "v110"))
-        for field in self.fields:
-            self._create(f"fields/{field.name}", field.dtype, field.shape)
-            if field.optional:
-                self._create(f"masks/{field.name}", "uint8", ())
-        self._rows = {axis: 0 for axis in _axes(self.fields)}
-        for axis in self._rows:
-            self._create(f"offsets/{axis}", "int64", ())
-            _extend(self._file[f"offsets/{axis}"], np.zeros(1, np.int64))
+        for axis in (None, *_axes(self.fields)):
+            width = _row_type(self.fields, axis).itemsize
+            self._file.create_dataset(
+                _table_name(axis),
+                shape=(0, width),
+                maxshape=(None, width),
+                chunks=(max(1, CHUNK_BYTES // width), width),
+                dtype="uint8",
+                fletcher32=True,
+            )
 
     def append(self, records: Sequence[Record]) -> None:
         """Add records. One write per field, so give many at a time."""
@@ -113,27 +118,25 @@ class StoreWriter:
         if kind is not None:
             self._partial.unlink(missing_ok=True)
 
-    def _create(self, name: str, dtype: str, shape: tuple[int, ...]) -> None:
-        row_bytes = np.dtype(dtype).itemsize * int(np.prod(shape))
-        self._file.create_dataset(
-            name,
-            shape=(0, *shape),
-            maxshape=(None, *shape),
-            chunks=(max(1, CHUNK_BYTES // row_bytes), *shape),
-            dtype=dtype,
-            fletcher32=True,
-        )
-
     def _append(self, columns: _Columns) -> None:
-        for name, values in columns.values.items():
-            _extend(self._file[f"fields/{name}"], values)
+        records = np.zeros(columns.num_records, _row_type(self.fields, None))
         for name, mask in columns.masks.items():
-            _extend(self._file[f"masks/{name}"], mask)
+            records[_mask_name(name)] = mask
         for axis, counts in columns.counts.items():
-            ends = self._rows[axis] + np.cumsum(counts)
-            _extend(self._file[f"offsets/{axis}"], ends)
-            self._rows[axis] = int(ends[-1])
+            table = self._file[_table_name(axis)]
+            ends = len(table) + np.cumsum(counts)
+            records[_bounds_name(axis)] = np.column_stack([ends - counts, ends])
+            rows = np.zeros(int(counts.sum()), _row_type(self.fields, axis))
+            self._fill(rows, columns, axis)
+            _extend(table, rows)
+        self._fill(records, columns, None)
+        _extend(self._file[_table_name(None)], records)
         self.num_records += columns.num_records
+
+    def _fill(self, rows: np.ndarray, columns: _Columns, axis: str | None) -> None:
+        for field in self.fields:
+            if field.axis == axis:
+                rows[field.name] = columns.values[field.name]
 
 
 class StoreReader:
@@ -146,7 +149,7 @@ class StoreReader:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self._file: h5py.File | None = None
-        self._datasets: dict[str, h5py.Dataset] = {}  # looking one up by name takes longer than a read
+        self._tables: dict[str | None, _Table] = {}  # by axis; looking one up by name takes longer than a read
         self._owner = 0
         self.fields: tuple[Field, ...]
         self.attributes: dict[str, Any]
@@ -159,13 +162,16 @@ class StoreReader:
                 raise ValueError(f"{self.path}: unfinished store; prepare it again")
             version = int(file.attrs["version"])
             if version != VERSION:
-                raise ValueError(f"{self.path}: store version {version}, expected {VERSION}; prepare it again")
+                raise ValueError(
+                    f"{self.path}: store version {version}, expected {VERSION}; remove it and prepare it again"
+                )
             self.fields = tuple(
                 Field(**{**field, "shape": tuple(field["shape"])}) for field in json.loads(file.attrs["fields"])
             )
             self.attributes = json.loads(file.attrs["attributes"])
             self._num_records = int(file.attrs["num_records"])
-            self._check_lengths()
+            self._axes = _axes(self.fields)
+            self._check_tables()
 
     def __len__(self) -> int:
         return self._num_records
@@ -175,48 +181,45 @@ class StoreReader:
         return self.read(index, index + 1)[0]
 
     def read(self, start: int, stop: int) -> list[dict[str, Any]]:
-        """Records start..stop-1, one read per field."""
-        columns = self.columns(start, stop)
-        ends = {axis: np.cumsum(counts) for axis, counts in columns.counts.items()}
-        records = []
-        for i in range(stop - start):
+        """Records start..stop-1, one read per table."""
+        tables = self._tables_of(start, stop)
+        records = tables[None]
+        bounds = {
+            axis: (records[_bounds_name(axis)] - records[_bounds_name(axis)][0, 0]).tolist() for axis in self._axes
+        }
+        found = []
+        for i, row in enumerate(records):
+            own = {axis: tables[axis][slice(*bounds[axis][i])] for axis in self._axes}
             record: dict[str, Any] = {}
             for field in self.fields:
-                values = columns.values[field.name]
-                if field.optional and not columns.masks[field.name][i]:
+                if field.optional and not row[_mask_name(field.name)]:
                     record[field.name] = None
-                elif field.axis is None:
-                    record[field.name] = values[i]
                 else:
-                    end = ends[field.axis][i]
-                    record[field.name] = values[end - columns.counts[field.axis][i] : end]
-            records.append(record)
-        return records
+                    # A copy: what lies inside of a row is neither contiguous nor aligned.
+                    record[field.name] = (row if field.axis is None else own[field.axis])[field.name].copy()
+            found.append(record)
+        return found
 
     def column(self, name: str) -> np.ndarray:
         """All entries of a field that has one per record."""
         with self._reading():
-            return self._dataset(f"fields/{name}")[:]
+            return self._table(None).column(name)
 
     def mask(self, name: str) -> np.ndarray:
         """Which records have an optional field, (num_records,) bool."""
-        with self._reading():
-            return self._dataset(f"masks/{name}")[:].astype(bool)
+        return self.column(_mask_name(name)).astype(bool)
 
     def columns(self, start: int, stop: int) -> _Columns:
         """Records start..stop-1, field by field."""
-        if not 0 <= start < stop <= self._num_records:
-            raise IndexError(f"records {start}..{stop - 1} of {self.path}, which has {self._num_records}")
-        with self._reading():
-            bounds = {axis: self._dataset(f"offsets/{axis}")[start : stop + 1] for axis in _axes(self.fields)}
-            values, masks = {}, {}
-            for field in self.fields:
-                first, last = (start, stop) if field.axis is None else bounds[field.axis][[0, -1]]
-                values[field.name] = self._dataset(f"fields/{field.name}")[first:last]
-                if field.optional:
-                    masks[field.name] = self._dataset(f"masks/{field.name}")[start:stop]
-            counts = {axis: np.diff(bound) for axis, bound in bounds.items()}
-            return _Columns(num_records=stop - start, values=values, masks=masks, counts=counts)
+        tables = self._tables_of(start, stop)
+        records = tables[None]
+        bounds = {axis: records[_bounds_name(axis)] for axis in self._axes}
+        return _Columns(
+            num_records=stop - start,
+            values={field.name: tables[field.axis][field.name].copy() for field in self.fields},
+            masks={field.name: records[_mask_name(field.name)] for field in self.fields if field.optional},
+            counts={axis: bound[:, 1] - bound[:, 0] for axis, bound in bounds.items()},
+        )
 
     def verify(self) -> None:
         """Read everything once, so that every checksum is compared. Raises ValueError if one differs."""
@@ -224,34 +227,45 @@ class StoreReader:
             self.columns(start, min(start + COPY_RECORDS, len(self)))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_file": None, "_datasets": {}, "_owner": 0}
+        return {**self.__dict__, "_file": None, "_tables": {}, "_owner": 0}
 
-    def _dataset(self, name: str) -> h5py.Dataset:
+    def _tables_of(self, start: int, stop: int) -> dict[str | None, np.ndarray]:
+        """Rows of each table that are of records start..stop-1."""
+        if not 0 <= start < stop <= self._num_records:
+            raise IndexError(f"records {start}..{stop - 1} of {self.path}, which has {self._num_records}")
+        with self._reading():
+            records = self._table(None).read(start, stop)
+            rows: dict[str | None, np.ndarray] = {None: records}
+            for axis in self._axes:
+                bounds = records[_bounds_name(axis)]
+                rows[axis] = self._table(axis).read(int(bounds[0, 0]), int(bounds[-1, 1]))
+            return rows
+
+    def _table(self, axis: str | None) -> _Table:
         file = self._open_file()
-        if name not in self._datasets:
-            self._datasets[name] = file[name]
-        return self._datasets[name]
+        if axis not in self._tables:
+            table = _Table(file[_table_name(axis)], _row_type(self.fields, axis))
+            if table.dataset.shape[1:] != (table.dtype.itemsize,):
+                raise ValueError(f"{self.path}: damaged store ({_table_name(axis)} has rows of other fields)")
+            self._tables[axis] = table
+        return self._tables[axis]
 
     def _open_file(self) -> h5py.File:
         if self._file is None or self._owner != os.getpid():  # a handle must not be shared after a fork
             # Stores never change once in place, so no lock; many file systems of clusters have none.
-            self._file, self._datasets = h5py.File(self.path, "r", locking=False), {}
+            self._file, self._tables = h5py.File(self.path, "r", locking=False), {}
             self._owner = os.getpid()
         return self._file
 
-    def _check_lengths(self) -> None:
-        rows: dict[str | None, int] = {None: self._num_records}
-        for axis in _axes(self.fields):
-            offsets = self._dataset(f"offsets/{axis}")
-            if len(offsets) != self._num_records + 1:
-                raise ValueError(f"{self.path}: damaged store (offsets/{axis} has {len(offsets)} entries)")
-            rows[axis] = int(offsets[-1])
-        for field in self.fields:
-            length = len(self._dataset(f"fields/{field.name}"))
-            if length != rows[field.axis]:
-                raise ValueError(
-                    f"{self.path}: damaged store ({field.name} has {length} rows, expected {rows[field.axis]})"
-                )
+    def _check_tables(self) -> None:
+        expected: dict[str | None, int] = {None: self._num_records}
+        last = self._table(None).read(self._num_records - 1, self._num_records) if self._num_records else None
+        for axis in self._axes:
+            expected[axis] = 0 if last is None else int(last[_bounds_name(axis)][0, 1])
+        for name, rows in expected.items():
+            length = len(self._table(name).dataset)
+            if length != rows:
+                raise ValueError(f"{self.path}: damaged store ({_table_name(name)} has {length} rows, expected {rows})")
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
@@ -267,14 +281,52 @@ class StoreReader:
             ) from error
 
 
+class _Table:
+    """Rows of an axis, or the records."""
+
+    def __init__(self, dataset: h5py.Dataset, dtype: np.dtype[Any]) -> None:
+        self.dataset, self.dtype = dataset, dtype
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Rows start..stop-1, (stop - start,) of `dtype`."""
+        return self.dataset[start:stop].view(self.dtype)[:, 0]
+
+    def column(self, name: str) -> np.ndarray:
+        """One field of all rows."""
+        assert self.dtype.fields is not None
+        dtype, offset = self.dtype.fields[name][:2]
+        return self.dataset[:, offset : offset + dtype.itemsize].view([(name, dtype)])[name][:, 0]
+
+
 def _axes(fields: Sequence[Field]) -> list[str]:
     return list(dict.fromkeys(field.axis for field in fields if field.axis is not None))
 
 
-def _extend(dataset: h5py.Dataset, values: np.ndarray) -> None:
-    old = len(dataset)
-    dataset.resize(old + len(values), axis=0)
-    dataset[old:] = values
+def _table_name(axis: str | None) -> str:
+    return "records" if axis is None else f"rows/{axis}"
+
+
+def _mask_name(field: str) -> str:
+    return f"mask/{field}"
+
+
+def _bounds_name(axis: str) -> str:
+    return f"bounds/{axis}"
+
+
+def _row_type(fields: Sequence[Field], axis: str | None) -> np.dtype[Any]:
+    """Of an axis; of records with masks, and first row and end on each axis. Packed, little-endian."""
+    members: list[Any] = [(field.name, field.dtype, field.shape) for field in fields if field.axis == axis]
+    if axis is None:
+        members += [(_mask_name(field.name), "uint8") for field in fields if field.optional]
+        members += [(_bounds_name(name), "int64", (2,)) for name in _axes(fields)]
+    return np.dtype(members).newbyteorder("<")
+
+
+def _extend(table: h5py.Dataset, rows: np.ndarray) -> None:
+    old = len(table)
+    table.resize(old + len(rows), axis=0)
+    table[old:] = rows.view(np.uint8).reshape(len(rows), -1) if len(rows) else np.empty((0, table.shape[1]), np.uint8)
 
 
 def _stack(records: Sequence[Record], fields: Sequence[Field]) -> _Columns:

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import torch
 
 from janus.data.packing import Budget
 from janus.data.parallel_map import map_in_order
-from janus.data.store import COPY_RECORDS, StoreReader
+from janus.data.store import COPY_RECORDS, VERSION, StoreReader
 from matris.data.frames import FileKind, check_split_key, expand_path, file_kind
 from matris.data.labels import LabelKeys
 from matris.data.prepare import PrepareOptions, PrepareReport, check_wanted, prepare
@@ -58,6 +58,7 @@ class StructureDataset:
         sizes: np.ndarray,
         *,
         records: np.ndarray | None = None,
+        presence: LabelPresence | None = None,
         tasks: tuple[Sequence[str], np.ndarray] | None = None,
     ) -> None:
         """
@@ -65,6 +66,7 @@ class StructureDataset:
             stores: with the fields of `matris.data.records`.
             sizes: of all records of all stores.
             records: records that the data set consists of, in its order; all by default.
+            presence: labels of all records of all stores; read from these by default.
             tasks: names, and (n,) the number of each of all records, in place of what the stores say.
         """
         self.stores = tuple(stores)
@@ -73,8 +75,11 @@ class StructureDataset:
         self._records = records
         chosen = slice(None) if records is None else records
         self.sizes = sizes[chosen]
+        self._all_presence = presence or LabelPresence(
+            **{name: np.concatenate([store.mask(name) for store in stores]) for name in LABEL_NAMES}
+        )
         self.label_presence = LabelPresence(
-            **{name: np.concatenate([store.mask(name) for store in stores])[chosen] for name in LABEL_NAMES}
+            **{name: present[chosen] for name, present in vars(self._all_presence).items()}
         )
         if tasks is None:
             names, index = np.unique(np.concatenate([store.column("task") for store in stores]), return_inverse=True)
@@ -88,7 +93,7 @@ class StructureDataset:
 
     def __getitem__(self, index: int) -> Sample:
         store, record = self._locate(index)
-        return replace(from_record(store[record]), task=self.task_names[self.task_index[index]])
+        return from_record(store[record], task=self.task_names[self.task_index[index]])
 
     def identifier(self, index: int) -> str:
         """Where a record comes from, `file:frame`."""
@@ -97,7 +102,9 @@ class StructureDataset:
     def subset(self, indices: np.ndarray) -> StructureDataset:
         """The records `indices`, in that order. Task names stay those of the whole."""
         records = indices if self._records is None else self._records[indices]
-        return StructureDataset(self.stores, self._all_sizes, records=records, tasks=self._tasks)
+        return StructureDataset(
+            self.stores, self._all_sizes, records=records, presence=self._all_presence, tasks=self._tasks
+        )
 
     @staticmethod
     def joined(parts: Sequence[tuple[str, StructureDataset]], names: Sequence[str]) -> StructureDataset:
@@ -274,7 +281,7 @@ def _prepare_into_cache(
     option_prefix: str,
 ) -> Path:
     stats = [(os.path.realpath(file), os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
-    digest = hashlib.sha256(json.dumps([stats, asdict(options)]).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(json.dumps([VERSION, stats, asdict(options)]).encode()).hexdigest()[:16]
     output = cache / f"{Path(path).name}-{digest}.h5"
     if not output.exists():
         logger.info("preparing %s into %s", path, output)

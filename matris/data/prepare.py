@@ -23,7 +23,7 @@ from typing import Any
 from tqdm import tqdm
 
 from janus.data.parallel_map import map_in_order
-from janus.data.store import StoreReader, StoreWriter
+from janus.data.store import VERSION, StoreReader, StoreWriter
 from matris.data.frames import FrameBlock, expand_path, iter_blocks, read_block, refuse_idle_keys
 from matris.data.labels import SEARCH_ORDER, LabelKeys
 from matris.data.records import FIELDS, LABEL_NAMES, to_record
@@ -296,9 +296,9 @@ def _attributes(options: PrepareOptions, fingerprint: str, report: PrepareReport
 
 
 def _fingerprint(files: list[str], options: PrepareOptions, strict: bool) -> str:
-    """Of inputs (path, size, time of change) and options."""
+    """Of inputs (path, size, time of change), options, and the format of stores."""
     stats = [(os.path.realpath(file), os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
-    return hashlib.sha256(json.dumps([stats, asdict(options), strict]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([VERSION, stats, asdict(options), strict]).encode()).hexdigest()
 
 
 @contextmanager

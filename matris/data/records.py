@@ -88,9 +88,9 @@ def _group_bytes(group: str) -> bytes:
     return value[: MAX_GROUP_BYTES // 2 - 1].decode(errors="ignore").encode() + b"~" + digest.encode()
 
 
-def from_record(record: Mapping[str, Any]) -> Sample:
-    """The sample that `to_record` was given."""
-    energy, group = record["energy"], record.get("group")  # older stores have no groups
+def from_record(record: Mapping[str, Any], *, task: str | None = None) -> Sample:
+    """The sample that `to_record` was given, of that task or of another."""
+    energy, group = record["energy"], record["group"]
     return Sample(
         identifier=record["identifier"].tobytes().decode(),
         structure=Structure(
@@ -105,7 +105,7 @@ def from_record(record: Mapping[str, Any]) -> Sample:
             stress=record["stress"],
             magmoms=record["magmoms"],
         ),
-        task=bytes(record["task"]).decode(),
+        task=bytes(record["task"]).decode() if task is None else task,
         charge=float(record["charge"]),
         spin=float(record["spin"]),
         group=None if group is None else bytes(group).decode(),

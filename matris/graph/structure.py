@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
@@ -53,17 +55,11 @@ class Structure:
                 f"atom {atom} has atomic number {int(self.numbers[atom])}: allowed are 1 ({SYMBOLS[1]}) to "
                 f"{MAX_Z} ({SYMBOLS[MAX_Z]})"
             )
-        periodic = self.cell[self.pbc]
-        if len(periodic):
-            # Volume of the box that the periodic vectors span, against the product of their lengths: zero if they are
-            # linearly dependent, whatever the unit.
-            lengths = np.linalg.norm(periodic, axis=1)
-            gram = np.linalg.det(periodic @ periodic.T)
-            if gram <= 1e-12 * np.prod(lengths) ** 2 or (lengths == 0.0).any():
-                raise ValueError(
-                    f"cell {self.cell.tolist()} with pbc {self.pbc.tolist()}: the periodic lattice vectors must be "
-                    "linearly independent; switch pbc off for directions that have no lattice vector"
-                )
+        if not _independent(self.cell[self.pbc].tolist()):
+            raise ValueError(
+                f"cell {self.cell.tolist()} with pbc {self.pbc.tolist()}: the periodic lattice vectors must be "
+                "linearly independent; switch pbc off for directions that have no lattice vector"
+            )
 
     @property
     def num_atoms(self) -> int:
@@ -78,6 +74,31 @@ class Structure:
             cell=np.array(atoms.cell.array, dtype=np.float64),
             pbc=np.array(atoms.pbc, dtype=bool),
         )
+
+
+_Vector: TypeAlias = Sequence[float]
+
+
+def _independent(vectors: Sequence[_Vector]) -> bool:
+    """Whether up to three vectors span a box, of a volume that is more than rounding of the product of their lengths.
+
+    In plain numbers: a call of LAPACK takes as long as reading the structure.
+    """
+    lengths = math.prod(_dot(vector, vector) for vector in vectors)
+    if len(vectors) < 2:
+        volume = lengths
+    else:
+        normal = _cross(vectors[0], vectors[1])
+        volume = _dot(normal, normal) if len(vectors) == 2 else _dot(normal, vectors[2]) ** 2
+    return volume > 1e-12 * lengths  # both squared
+
+
+def _dot(a: _Vector, b: _Vector) -> float:
+    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
+
+
+def _cross(a: _Vector, b: _Vector) -> _Vector:
+    return a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[0] * b[1] - a[1] * b[0]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -105,8 +105,8 @@ def test_damaged_store_is_refused(tmp_path, damage):
     if damage == "truncated":
         path.write_bytes(content[: len(content) // 2])
     elif damage == "flipped":
-        # A byte in the middle of the positions.
-        needle = next(record["position"] for record in records[100:] if len(record["position"]) > 1).tobytes()
+        # A byte of a position.
+        needle = next(record["position"] for record in records[100:] if len(record["position"]))[0].tobytes()
         content[content.index(needle) + 5] ^= 1
         path.write_bytes(content)
     elif damage in ("not HDF5", "empty"):
@@ -160,3 +160,39 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError):
         StoreReader(tmp_path / "none.h5")
+
+
+def test_a_record_is_read_with_one_read_of_each_table(tmp_path, monkeypatch):
+    reader = write(tmp_path / "a.h5", make_records(5))
+    reader[0]
+    ranges = []
+    dataset = type(reader._table(None).dataset)
+    monkeypatch.setattr(dataset, "__getitem__", counted(dataset.__getitem__, ranges))
+    reader[3]
+    assert len(ranges) == 3  # records, atoms, letters
+
+
+def counted(function, calls):
+    def counting(*arguments):
+        calls.append(arguments)
+        return function(*arguments)
+
+    return counting
+
+
+def test_rows_of_other_fields_are_refused(tmp_path):
+    import h5py
+
+    path = tmp_path / "a.h5"
+    write(path, make_records(3))
+    with h5py.File(path, "r+") as file:
+        shape = file["rows/atom"].shape
+        del file["rows/atom"]
+        file["rows/atom"] = np.zeros((shape[0], shape[1] + 1), np.uint8)
+    with pytest.raises(ValueError, match=r"a\.h5: damaged store \(rows/atom has rows of other fields\)"):
+        StoreReader(path)
+    with h5py.File(path, "r+") as file:
+        del file["rows/atom"]
+        file["rows/atom"] = np.zeros((shape[0] + 1, shape[1]), np.uint8)
+    with pytest.raises(ValueError, match=r"a\.h5: damaged store \(rows/atom has .* rows, expected"):
+        StoreReader(path)

@@ -1,0 +1,244 @@
+"""How fast structures come from a store, what packing them costs, how long steps wait for them, and in which memory.
+
+    OMP_NUM_THREADS=1 python tools/bench/loader.py --data shared/data/mp_crystals/train.xyz.gz --output loader.json
+
+Reading: the same structures with their labels, in the same random order, in this process: from a store, from an ASE db
+(SQLite), and from a store as micro-batches with their graphs, by turns (ABC, CBA, ...), each structure once per turn.
+Packing: global batches of all data over 64 ranks; the largest load over the mean, and what it is at least, since
+structures are whole. Waiting: the column `data_wait` of a short training run. Memory: what a process of its own has
+private, beyond its imports, with the data set open and after reading at random; of copies of the data, one after the
+other in a store. Of each record sizes, labels that there are, and task are kept (`kept_bytes_per_record`);
+what HDF5 caches is bounded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.db import connect
+
+from janus.data.packing import Budget, plan_micro_batches
+from janus.data.sampler import GlobalBatchSampler
+from janus.data.store import StoreReader, StoreWriter
+from janus.telemetry.csv_log import read_csv
+from matris.calibration import formula_cost
+from matris.data.dataset import Collate, StructureDataset, open_dataset
+from matris.presets import PRESETS
+from matris.run import run_training
+from matris.train_config import DataConfig, TrainConfig, TrainingConfig
+
+_RANKS = 64
+_READS = 2000
+"""Of structures at random, after which the memory is read."""
+
+
+def main(words: list[str] | None = None) -> int:
+    """Prints and writes JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", nargs="+", required=True)
+    parser.add_argument("--structures", type=int, default=500, help="that are read in a turn")
+    parser.add_argument("--turns", type=int, default=6)
+    parser.add_argument("--copies", type=int, nargs="+", default=[1, 4, 16], help="of the data, for the memory")
+    parser.add_argument("--preset", default="s", help="of the run that waits for its data")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--num_workers", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--cache_dir")
+    parser.add_argument("--output", type=Path, required=True)
+    options = parser.parse_args(words)
+    if not options.output.parent.is_dir():
+        parser.error(f"--output {options.output}: no directory {options.output.parent}")
+    hyper = PRESETS[options.preset]
+    dataset = open_dataset(
+        options.data,
+        pairwise_cutoff=hyper.pairwise_cutoff,
+        three_body_cutoff=hyper.three_body_cutoff,
+        cache_dir=options.cache_dir,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        found = {
+            "machine": {"processor": platform.processor() or platform.machine(), "torch": torch.__version__},
+            "data": {"structures": len(dataset), "mean_sizes": dataset.sizes.mean(axis=0).tolist()},
+            "reading": _reading(dataset, options, Path(folder)),
+            "packing": _packing(dataset, formula_cost(hyper).of_records(dataset.sizes)),
+            "waiting": {str(count): _waiting(options, count, Path(folder)) for count in options.num_workers},
+            "memory": [_memory(dataset, copies, Path(folder)) for copies in options.copies],
+        }
+    text = json.dumps(found, indent=1)
+    partial_file = options.output.with_name(options.output.name + ".partial")
+    partial_file.write_text(text + "\n")
+    os.replace(partial_file, options.output)
+    print(text)
+    return 0
+
+
+def _reading(dataset: StructureDataset, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Median structures/s of each way, and the median ratio of the first to that of the ASE db in the same turn."""
+    hyper = PRESETS[options.preset]
+    chosen = np.random.default_rng(0).permutation(len(dataset))[: options.structures]
+    database = folder / "structures.db"
+    with connect(database) as db:
+        for index in chosen:
+            db.write(_atoms(dataset, int(index)))
+    collate = Collate(
+        pairwise_cutoff=hyper.pairwise_cutoff,
+        three_body_cutoff=hyper.three_body_cutoff,
+        task_names=dataset.task_names,
+    )
+
+    def from_store() -> None:
+        for index in chosen:
+            dataset[int(index)]
+
+    def from_ase_db() -> None:
+        for row in range(1, len(chosen) + 1):
+            atoms = db.get(row).toatoms()
+            atoms.get_potential_energy(), atoms.get_forces()
+
+    def micro_batches() -> None:
+        for start in range(0, len(chosen), options.batch_size):
+            collate([dataset[int(index)] for index in chosen[start : start + options.batch_size]])
+
+    ways: dict[str, Callable[[], None]] = {"store": from_store, "ase_db": from_ase_db, "micro_batches": micro_batches}
+    speeds: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(options.turns):
+        for name in list(ways)[:: 1 if turn % 2 == 0 else -1]:
+            start = time.perf_counter()
+            ways[name]()
+            speeds[name].append(len(chosen) / (time.perf_counter() - start))
+    ratios = [ours / theirs for ours, theirs in zip(speeds["store"], speeds["ase_db"], strict=True)]
+    return {
+        "structures_per_s": {name: _spread(values) for name, values in speeds.items()},
+        "store_over_ase_db": _spread(ratios),
+    }
+
+
+def _atoms(dataset: StructureDataset, index: int) -> Atoms:
+    """With energy and forces; zero where there are none."""
+    sample = dataset[index]
+    structure, labels = sample.structure, sample.labels
+    atoms = Atoms(numbers=structure.numbers, positions=structure.positions, cell=structure.cell, pbc=structure.pbc)
+    forces = np.zeros((len(atoms), 3)) if labels.forces is None else labels.forces
+    atoms.calc = SinglePointCalculator(atoms, energy=labels.energy or 0.0, forces=forces)
+    return atoms
+
+
+def _packing(dataset: StructureDataset, cost: np.ndarray) -> list[dict[str, Any]]:
+    """Times of plans for all ranks, and how even they are, with and without a budget."""
+    found = []
+    largest = dataset.sizes.max(axis=0)
+    tight = Budget(limits=tuple((3 * largest).tolist()), names=("atoms", "edges", "angles"))
+    for batch_size in sorted({min(size, len(dataset)) for size in (1024, 2048, 4096)}):
+        sampler = GlobalBatchSampler(len(dataset), global_batch_size=batch_size)
+        for budget in (Budget(), tight):
+            for same_count in (False, True):
+                milliseconds, ratios, least = [], [], []
+                for step in range(5):
+                    indices = sampler.indices(step)
+                    sizes, own = dataset.sizes[indices], cost[indices]
+                    start = time.perf_counter()
+                    plan = plan_micro_batches(sizes, num_ranks=_RANKS, budget=budget, cost=own, same_count=same_count)
+                    milliseconds.append(1e6 * (time.perf_counter() - start) / len(indices))
+                    loads = np.array([sum(own[part].sum() for part in parts) for parts in plan])
+                    ratios.append(loads.max() / loads.mean())
+                    least.append(max(1.0, own.max() / loads.mean()))
+                found.append(
+                    {
+                        "batch_size": batch_size,
+                        "limits": budget.limits,
+                        "same_count": same_count,
+                        "ms_per_1000_structures": _spread(milliseconds),
+                        "largest_over_mean": max(ratios),
+                        "at_least": max(least),
+                    }
+                )
+    return found
+
+
+def _waiting(options: argparse.Namespace, num_workers: int, folder: Path) -> dict[str, float]:
+    """Share of a run's time in which it waited for its next batch, beginning apart."""
+    output = folder / f"run_{num_workers}"
+    data = DataConfig(
+        train=options.data,
+        valid_fraction=0.0,
+        global_batch_size=options.batch_size,
+        num_workers=num_workers,
+        cache_dir=options.cache_dir,
+    )
+    interval = max(1, options.steps // 2)
+    training = TrainingConfig(output=str(output), train_iters=options.steps, log_interval=interval)
+    with contextlib.redirect_stdout(io.StringIO()):
+        run_training(TrainConfig(data=data, training=training, model=PRESETS[options.preset]))
+    waited = [row["data_wait"] for row in read_csv(output / "log.csv") if "data_wait" in row]
+    return {"first_half": waited[0], "second_half": waited[-1]}
+
+
+def _memory(dataset: StructureDataset, copies: int, folder: Path) -> dict[str, float]:
+    """Of a fresh process."""
+    store = folder / f"copies_{copies}.h5"
+    reader = dataset.stores[0]
+    with StoreWriter(store, reader.fields) as writer:
+        for _ in range(copies):
+            writer.append_store(reader)
+        writer.finish(reader.attributes)
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        kept, opened, read = pool.apply(partial(_measured, str(store)))
+    records = copies * len(reader)
+    return {
+        "records": records,
+        "store_bytes": store.stat().st_size,
+        "opened_bytes": opened,
+        "kept_bytes_per_record": kept / records,
+        "after_reading_bytes": read,
+    }
+
+
+def _measured(store: str) -> tuple[int, int, int]:
+    """Bytes of the data set's arrays, private bytes that opening it adds, and that reading adds beside."""
+    warm = StoreReader(store)  # h5py's own
+    warm[0]
+    before = _private_bytes()
+    attributes = warm.attributes
+    dataset = open_dataset(
+        [store],
+        pairwise_cutoff=attributes["pairwise_cutoff"],
+        three_body_cutoff=attributes["three_body_cutoff"],
+    )
+    opened = _private_bytes()
+    for index in np.random.default_rng(0).integers(0, len(dataset), _READS):
+        dataset[int(index)]
+    presence = vars(dataset.label_presence).values()
+    kept = sum(array.nbytes for array in (dataset.sizes, dataset.task_index, *presence))
+    return kept, opened - before, _private_bytes() - opened
+
+
+def _private_bytes() -> int:
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Private_"))
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "least": min(values), "most": max(values)}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
