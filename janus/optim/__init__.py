@@ -1,6 +1,6 @@
 """Optimizer, learning-rate schedule, clipping and exponential moving average."""
 
-from janus.optim.adamw import MOMENTS, AdamWConfig, build_adamw, moments_of, restart
+from janus.optim.adamw import MOMENTS, AdamWConfig, Backend, build_adamw, choose_backend, moments_of, restart
 from janus.optim.clip import clip_gradients, gradient_norm
 from janus.optim.ema import ExponentialMovingAverage
 from janus.optim.schedule import DecayStyle, Schedule
@@ -8,10 +8,12 @@ from janus.optim.schedule import DecayStyle, Schedule
 __all__ = [
     "MOMENTS",
     "AdamWConfig",
+    "Backend",
     "DecayStyle",
     "ExponentialMovingAverage",
     "Schedule",
     "build_adamw",
+    "choose_backend",
     "clip_gradients",
     "gradient_norm",
     "moments_of",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal, TypeAlias
@@ -17,8 +17,8 @@ Backend: TypeAlias = Literal["auto", "torch", "apex", "te"]
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """What every backend keeps of each parameter, in its shape."""
 
-_MODULES = {"te": "transformer_engine.pytorch.optimizers", "apex": "apex.optimizers"}
-_INSTALL = {
+_MODULES: dict[Backend, str] = {"te": "transformer_engine.pytorch.optimizers", "apex": "apex.optimizers"}
+_INSTALL: dict[Backend, str] = {
     "te": "install it, pip install transformer-engine[pytorch]",
     "apex": "install it from github.com/NVIDIA/apex with its CUDA extensions (the apex of PyPI is something else)",
 }
@@ -65,7 +65,8 @@ def build_adamw(
     spared = [parameter for name, parameter in trainable.items() if not decays(name)]
     groups = [(decayed, config.weight_decay), (spared, 0.0)]
     settings: dict[str, Any] = {"lr": 0.0, "betas": (config.beta1, config.beta2), "eps": config.eps}
-    fused = _fused_class(config.backend, list(trainable.values()))
+    chosen = choose_backend(config.backend, trainable.values())
+    fused = None if chosen == "torch" else _import(chosen)
     # NVIDIA's launch nothing at all where the last tensor of a list is empty, as slices of parameters may be.
     full = [([parameter for parameter in group if parameter.numel()], decay) for group, decay in groups]
     if fused is not None and (kept := _groups(full)):
@@ -99,31 +100,35 @@ def _groups(groups: list[tuple[list[nn.Parameter], float]]) -> list[dict[str, An
     return [{"params": parameters, "weight_decay": decay} for parameters, decay in groups if parameters]
 
 
-def _fused_class(backend: Backend, parameters: list[nn.Parameter]) -> Callable[..., Optimizer] | None:
-    """`FusedAdam` of one of NVIDIA's libraries; None for torch's.
+def choose_backend(backend: Backend, parameters: Iterable[nn.Parameter]) -> Backend:
+    """`torch`, `te` or `apex`, as far as this process can tell: what is installed may differ between machines.
 
     Raises:
         ValueError: it was asked for and cannot be had.
     """
     if backend == "torch":
-        return None
-    obstacle = _obstacle(parameters)
-    for name in _MODULES if backend == "auto" and obstacle is None else ():
-        try:
-            return _import(name)
-        except (ImportError, OSError, RuntimeError):  # not there, or made for another torch or CUDA
-            continue
+        return backend
+    obstacle = _obstacle(list(parameters))
     if backend == "auto":
-        return None
+        return "torch" if obstacle is not None else next(filter(_is_there, _MODULES), "torch")
     if obstacle is not None:
         raise ValueError(f"optim.backend is {backend}, {obstacle}: choose torch, or auto")
     try:
-        return _import(backend)
+        _import(backend)
     except (ImportError, OSError, RuntimeError) as error:
         raise ValueError(
             f"optim.backend is {backend}, but {_MODULES[backend]}.FusedAdam cannot be used ({error}): "
             f"{_INSTALL[backend]}; or choose torch, or auto"
         ) from error
+    return backend
+
+
+def _is_there(name: Backend) -> bool:
+    try:
+        _import(name)
+    except (ImportError, OSError, RuntimeError):  # not there, or made for another torch or CUDA
+        return False
+    return True
 
 
 def _obstacle(parameters: list[nn.Parameter]) -> str | None:
@@ -141,7 +146,7 @@ def _device_type(parameter: Tensor) -> str:
     return parameter.device.type
 
 
-def _import(name: str) -> Callable[..., Optimizer]:
+def _import(name: Backend) -> Callable[..., Optimizer]:
     module = import_module(_MODULES[name])
     if name == "apex" and not import_module("apex.multi_tensor_apply").multi_tensor_applier.available:
         raise ImportError("apex was installed without its CUDA extensions")

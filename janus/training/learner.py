@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 from torch import Tensor, nn
 
 from janus.checkpoint import Checkpoint, CheckpointError
 from janus.checkpoint.shards import Shards
+from janus.comm.collectives import gather_objects
 from janus.mesh import Mesh
 from janus.optim import (
     MOMENTS,
     AdamWConfig,
+    Backend,
     ExponentialMovingAverage,
     Schedule,
     build_adamw,
+    choose_backend,
     clip_gradients,
     moments_of,
     restart,
@@ -57,6 +61,7 @@ class Learner:
         self.clip_grad = clip_grad
         self.weights = Weights(model, mesh, units=units, experts=experts, policy=policy)
         self.parameters = self.weights.pieces
+        adamw = replace(adamw, backend=_common_backend(adamw.backend, self.parameters.values(), mesh))
         # One for each group, so that a group can be updated before the others.
         self._optimizers = [build_adamw(group, adamw, ndims=self.weights.ndims) for group in self.weights.groups]
         self._updated: set[int] = set()  # of the groups, before the update of all
@@ -200,3 +205,30 @@ class Learner:
     def _optimizer_state(self) -> dict[Tensor, Mapping[str, Tensor]]:
         groups = zip(self._optimizers, self.weights.groups, strict=True)
         return {piece: moments_of(optimizer, piece) for optimizer, group in groups for piece in group.values()}
+
+
+def _common_backend(backend: Backend, parameters: Iterable[nn.Parameter], mesh: Mesh) -> Backend:
+    """Whose kernels all ranks update with; weights that several hold would else drift apart. On CUDA all call it.
+
+    Raises:
+        ValueError: on all ranks, if one cannot have what was asked for, or `auto` finds different ones.
+    """
+    if backend == "torch" or mesh.device.type != "cuda":
+        return choose_backend(backend, parameters)  # that of all, or an error on all
+    chosen: Backend = "torch"
+    fault: str | None = None
+    try:
+        chosen = choose_backend(backend, parameters)
+    except ValueError as error:
+        fault = str(error)
+    found = gather_objects((chosen, fault), mesh)
+    if faults := [f"rank {rank}: {text}" for rank, (_, text) in enumerate(found) if text]:
+        raise ValueError(faults[0])
+    if len({name for name, _ in found}) > 1:
+        ranks = {name: [rank for rank, (other, _) in enumerate(found) if other == name] for name, _ in found}
+        listed = "; ".join(f"{name} on ranks {', '.join(map(str, numbers[:10]))}" for name, numbers in ranks.items())
+        raise ValueError(
+            f"optim.backend is auto, which finds other kernels on other ranks ({listed}): install the same everywhere, "
+            "or choose torch"
+        )
+    return chosen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,8 @@ import pytest
 import torch
 
 from janus.mesh import Mesh
-from janus.optim import AdamWConfig, Schedule
-from janus.training.learner import Learner
+from janus.optim import AdamWConfig, Backend, Schedule, adamw
+from janus.training.learner import Learner, _common_backend
 from janus.training.step import NonFiniteError
 from janus.training.task import EvaluationSource, MicroLoss
 from janus.training.trainer import Trainer, TrainerConfig
@@ -100,3 +101,39 @@ def test_all_ranks_decide_alike(tmp_path: Path, layout: dict[str, int]) -> None:
 def test_all_ranks_decide_alike_on_two_axes(tmp_path: Path) -> None:
     results = run_ranks(4, decide, tmp_path, layout={"graph": 2, "tensor": 2})
     assert all(result == results[0] for result in results)
+
+
+def chosen_backend(mesh: Mesh, backend: Backend, installed: tuple[str, str]) -> str:
+    """As if the weights were on GPUs, and each rank on a machine with the one or other library."""
+
+    def imported(name: str) -> type:
+        if name != installed[mesh.rank]:
+            raise ImportError(f"no {name}")
+        return object
+
+    adamw._device_type = lambda parameter: "cuda"
+    adamw._import = imported
+    try:
+        return _common_backend(backend, [torch.nn.Parameter(torch.ones(2))], replace(mesh, device=torch.device("cuda")))
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(
+    ("backend", "installed", "outcome"),
+    [
+        ("auto", ("te", "te"), "te"),
+        ("auto", ("", ""), "torch"),
+        (
+            "auto",
+            ("te", ""),
+            r"finds other kernels on other ranks \(te on ranks 0; torch on ranks 1\): install the same",
+        ),
+        ("apex", ("apex", ""), r"^rank 1: optim.backend is apex, but .*no apex"),
+        ("torch", ("te", ""), "torch"),
+    ],
+)
+def test_optimizer_backend(backend: Backend, installed: tuple[str, str], outcome: str) -> None:
+    first, second = run_ranks(2, chosen_backend, backend, installed)
+    assert first == second
+    assert re.search(outcome, first)
