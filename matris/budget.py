@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 
+from janus.checkpoint import CheckpointError
 from janus.comm.collectives import reduce_max
-from janus.data.packing import MemoryLimit
+from janus.data.packing import Budget, MemoryLimit
 from janus.mesh import Mesh
 from janus.sharding.memory import weight_memory
 from matris.config import Precision
@@ -17,11 +20,79 @@ from matris.model import MatRIS
 
 USED = 0.9
 """Of the memory: the rest is for what the prediction misses, and for what the allocator loses between blocks."""
+_USED_LATER = 0.95
+"""What a resumed run may need of it for micro-batches as large as before: free memory is never the same twice."""
 _SHARED = 0.7
 """Of the memory of the ranks of a graph axis together: each also holds rows that it borrows from others."""
 
 
-def memory_limit(model: MatRIS, mesh: Mesh, *, memory_gb: float | None, sizes: np.ndarray, fixed: bool) -> MemoryLimit:
+@dataclass(frozen=True, kw_only=True)
+class MemoryRoom:
+    """What a device has for micro-batches.
+
+    Attributes:
+        limit: of a new run.
+        most: bytes that a resumed run may take for one.
+    """
+
+    limit: MemoryLimit
+    most: float
+
+
+class RunBudget:
+    """Limits of a run's micro-batches.
+
+    What is free on a GPU differs from start to start, so a run that takes its limit from that keeps what it took first
+    in its checkpoints: how structures are divided into micro-batches decides how sums are rounded.
+
+    Attributes:
+        budget: the limits.
+        is_restored: whether a checkpoint gave that of the memory.
+    """
+
+    def __init__(self, given: Budget, room: MemoryRoom | None, mesh: Mesh, *, measured: bool) -> None:
+        """
+        Args:
+            given: limits of the settings.
+            room: of the memory, if that is a limit too.
+            measured: whether it is what was free, and not a number of the settings.
+        """
+        self.budget = given if room is None else replace(given, memory=room.limit)
+        self.is_restored = False
+        self._room = room if measured else None
+        axes = (mesh.batch, mesh.shard, mesh.graph, mesh.tensor, mesh.expert)
+        self._layout = [axis.size for axis in axes]
+
+    def facts(self) -> dict[str, Any] | None:
+        """For a checkpoint, if memory was measured: the limit, and what it is a limit of."""
+        if self._room is None:
+            return None
+        assert self.budget.memory is not None
+        memory = self.budget.memory
+        return {"available": memory.available, "per_unit": list(memory.per_unit), "layout": self._layout}
+
+    def restore(self, facts: dict[str, Any] | None) -> None:
+        """Takes what `facts` gave. Other ranks, or other bytes per atom, edge or angle (by the model, the precision,
+        what is kept), make other micro-batches anyway, and keep their own limit.
+
+        Raises:
+            CheckpointError: there is not so much memory any more.
+        """
+        if self._room is None or facts is None:
+            return
+        limit, available = self._room.limit, float(facts["available"])
+        if (facts["per_unit"], facts["layout"]) != (list(limit.per_unit), self._layout):
+            return
+        if available > self._room.most:
+            raise CheckpointError(
+                f"data.budget is auto, and this run began with micro-batches of up to {available / 1e9:.3g} GB; with "
+                f"what is free on the GPUs now they can have {self._room.most / 1e9:.3g} GB. Free that memory, or give "
+                "data.memory_gb to go on with smaller ones, which changes nothing but how sums are rounded"
+            )
+        self.budget, self.is_restored = replace(self.budget, memory=replace(limit, available=available)), True
+
+
+def memory_room(model: MatRIS, mesh: Mesh, *, memory_gb: float | None, sizes: np.ndarray, fixed: bool) -> MemoryRoom:
     """Bytes for micro-batches, the same on all ranks, which all call it before the weights are shared out.
 
     Args:
@@ -45,7 +116,12 @@ def memory_limit(model: MatRIS, mesh: Mesh, *, memory_gb: float | None, sizes: n
     own = _free_bytes(mesh.device) if memory_gb is None else 1e9 * memory_gb
     of_rank = -reduce_max(-own, mesh)
     itemsize = 8 if model.precision is Precision.fp64 else 4
-    unit = unit_bytes(model.hyper, recompute_bytes=model.recompute_bytes, itemsize=itemsize)
+    unit = unit_bytes(
+        model.hyper,
+        recompute_bytes=model.recompute_bytes,
+        recompute_blocks=model.recompute_blocks,
+        itemsize=itemsize,
+    )
     per_unit = (unit.atom, unit.edge, unit.angle)
     available = USED * of_rank - needed - unit.constant
     if available <= 0.0:
@@ -57,12 +133,15 @@ def memory_limit(model: MatRIS, mesh: Mesh, *, memory_gb: float | None, sizes: n
         )
     largest = float((sizes @ np.array(per_unit)).max())
     ranks = max(2, math.ceil(largest / (_SHARED * available)))
-    available *= 1.0 if mesh.graph.size == 1 else _SHARED * mesh.graph.size
+    together = 1.0 if mesh.graph.size == 1 else _SHARED * mesh.graph.size
     advice = (
         f"let ranks share structures: parallel.context_parallel_size {ranks} is enough for the largest of the training "
-        "data; or keep less (training.recompute all), or leave these records out"
+        "data; or keep less (training.recompute full), or leave these records out"
     )
-    return MemoryLimit(available=available, per_unit=per_unit, advice=advice)
+    return MemoryRoom(
+        limit=MemoryLimit(available=together * available, per_unit=per_unit, advice=advice),
+        most=together * (_USED_LATER * of_rank - needed - unit.constant),
+    )
 
 
 def _free_bytes(device: torch.device) -> float:

@@ -78,6 +78,17 @@ _MADE_AGAIN_WITH_EXPERTS = Rows(
     undirected=Held(block=88.0, expert_block=15.2, expert_once=25.5),
     angle=Held(block=32.0, once=21.0),
 )
+_BLOCKS_MADE_AGAIN = Rows(
+    atom=Held(block=10.1, once=606.0),
+    undirected=Held(block=2.9, once=131.8),
+    angle=Held(block=2.5, once=54.3),
+)
+"""With full recomputation: a block's inputs and what arrives at it, and all of one block."""
+_BLOCKS_MADE_AGAIN_WITH_EXPERTS = Rows(
+    atom=Held(block=0.0, once=1446.0, expert_once=24.3),
+    undirected=Held(block=0.0, once=128.4, expert_once=24.8),
+    angle=Held(block=0.0, once=63.7),
+)
 _BATCH_BYTES = Rows(
     atom=Held(block=0.0, numbers=40.0), undirected=Held(block=0.0, numbers=104.0), angle=Held(block=0.0, numbers=40.0)
 )
@@ -99,13 +110,24 @@ class UnitBytes:
     angle: float
 
 
-def step_memory(config: ModelConfig, counts: Counts, *, recompute_bytes: int | None, itemsize: int = 4) -> float:
+def step_memory(
+    config: ModelConfig,
+    counts: Counts,
+    *,
+    recompute_bytes: int | None,
+    recompute_blocks: bool = False,
+    itemsize: int = 4,
+) -> float:
     """Bytes at the peak of a training step with forces and stress, micro-batch included, weights and gradients not.
 
     Args:
         recompute_bytes: as `MatRIS.recompute_bytes`; results that reach it are made again.
+        recompute_blocks: as `MatRIS.recompute_blocks`; then results of any size are made again.
         itemsize: of the features' numbers.
     """
+    if recompute_blocks:
+        unit = _unit_bytes_of_blocks(config, itemsize)
+        return counts.atoms * unit.atom + 2 * counts.undirected * unit.edge + counts.angles * unit.angle
     rows = {"atom": counts.atoms, "undirected": counts.undirected, "angle": counts.angles}
     total = 0.0
     for kind, number in rows.items():
@@ -115,8 +137,12 @@ def step_memory(config: ModelConfig, counts: Counts, *, recompute_bytes: int | N
     return total
 
 
-def unit_bytes(config: ModelConfig, *, recompute_bytes: int | None, itemsize: int = 4) -> UnitBytes:
+def unit_bytes(
+    config: ModelConfig, *, recompute_bytes: int | None, recompute_blocks: bool = False, itemsize: int = 4
+) -> UnitBytes:
     """A linear bound of `step_memory`, equal but for the constant where micro-batches are large in every count."""
+    if recompute_blocks:
+        return _unit_bytes_of_blocks(config, itemsize)
     constant, of_row = 0.0, {}
     again = recompute_bytes is not None
     for kind in ("atom", "undirected", "angle"):
@@ -127,6 +153,17 @@ def unit_bytes(config: ModelConfig, *, recompute_bytes: int | None, itemsize: in
             rows = recompute_bytes / max(_result_bytes(config, kind, bool(number), itemsize), 1.0)
             constant += rows * max(0.0, _row_bytes(config, kind, kept_too, itemsize) - of_row[kind])
     return UnitBytes(constant=constant, atom=of_row["atom"], edge=of_row["undirected"] / 2.0, angle=of_row["angle"])
+
+
+def _unit_bytes_of_blocks(config: ModelConfig, itemsize: int) -> UnitBytes:
+    rows = _BLOCKS_MADE_AGAIN_WITH_EXPERTS if config.num_moe_experts else _BLOCKS_MADE_AGAIN
+
+    def of_row(kind: str) -> float:
+        held: Held = getattr(rows, kind)
+        batch: Held = getattr(_BATCH_BYTES, kind)
+        return itemsize * (held.common(config) + held.of_experts(config)) + batch.numbers
+
+    return UnitBytes(constant=0.0, atom=of_row("atom"), edge=of_row("undirected") / 2.0, angle=of_row("angle"))
 
 
 def _result_bytes(config: ModelConfig, kind: str, of_experts: bool, itemsize: int) -> int:

@@ -18,7 +18,7 @@ from matris.basis.radial import build_radial_basis
 from matris.blocks.edges import EdgeSet, Rows
 from matris.blocks.embedding import AngleEmbedding, AtomEmbedding, EdgeEmbedding, TaskEmbedding
 from matris.blocks.geometry import measure
-from matris.blocks.interaction import Connectivity, InteractionBlock
+from matris.blocks.interaction import Connectivity, InteractionBlock, make_again
 from matris.blocks.module import ExpertOptions, Layers, MatRISConfig, MegatronModule
 from matris.blocks.moe import RoutedExperts, plan_sites
 from matris.config import ModelConfig, Precision
@@ -84,6 +84,7 @@ class MatRIS(MegatronModule):
         elements_of_task: the same for each task by name.
         recompute_bytes: results of so many bytes, if they are cheap, are made again in backward passes and not kept
             (`janus.ops.recompute`); None keeps all.
+        recompute_blocks: of interaction blocks nothing is kept but their inputs (`janus.blockwise.again`).
     """
 
     energy_scale: Tensor
@@ -173,6 +174,26 @@ class MatRIS(MegatronModule):
                 magmoms=magmoms if self.predicts_magmoms else None,
             )
         return prediction if create_graph else _detached(prediction)
+
+    @property
+    def recompute_blocks(self) -> bool:
+        """See the class; to be set before the weights are shared out."""
+        return self._interaction_blocks()[0].make_passes is make_again
+
+    @recompute_blocks.setter
+    def recompute_blocks(self, wanted: bool) -> None:
+        shared_experts = any(site.axis.size > 1 and not site.has_homes for site in self.expert_sites())
+        if wanted and shared_experts:
+            raise ValueError(
+                "whole blocks are to be recomputed (training.recompute full), which experts that are gathered as "
+                "planned do not allow: give them homes (parallel.expert_placement fixed), or take training.recompute "
+                "all"
+            )
+        for block in self._interaction_blocks():
+            block.make_passes = make_again if wanted else None
+
+    def _interaction_blocks(self) -> list[InteractionBlock]:
+        return [block for block in self.blocks if isinstance(block, InteractionBlock)]
 
     def reference_of_atoms(self, batch: GraphBatch) -> Tensor:
         """Reference energies (N,), eV."""

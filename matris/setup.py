@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from janus.optim import AdamWConfig, DecayStyle, Schedule
 from janus.training.learner import Learner
 from janus.training.task import EvaluationSource, TrainingSource
 from matris.blocks.module import ExpertOptions
-from matris.budget import memory_limit
+from matris.budget import RunBudget, memory_room
 from matris.calibration import PackingCost
 from matris.config import ModelConfig, Precision
 from matris.data.dataset import MicroBatch, StructureDataset, graph_budget, label_totals
@@ -69,7 +70,9 @@ class Setup:
         learner: what updates it.
         sampler: global batch of each step.
         num_steps, steps_per_epoch: length of the run and of a pass over the training data.
-        portions: how data sets are cut for evaluation; its budget is that of the micro-batches of training too.
+        limits: of the micro-batches of training and evaluation.
+        batch_size: structures of a global batch, about, as evaluation cuts data sets.
+        config: the settings.
         cost: by which structures are divided over the ranks.
         train, valid: batches of this rank.
     """
@@ -81,7 +84,9 @@ class Setup:
     sampler: GlobalBatchSampler
     num_steps: int
     steps_per_epoch: int
-    portions: Portions
+    limits: RunBudget
+    batch_size: int
+    config: TrainConfig
     cost: PackingCost
     train: TrainingSource
     valid: EvaluationSource | None
@@ -89,6 +94,11 @@ class Setup:
     @property
     def model(self) -> MatRIS:
         return self.task.model
+
+    @property
+    def portions(self) -> Portions:
+        """How data sets are cut for evaluation, with the limits that hold now."""
+        return _portions(self.config, self.limits, self.batch_size)
 
 
 def build_subject(config: TrainConfig, mesh: Mesh) -> Subject:
@@ -127,11 +137,11 @@ def build_setup(config: TrainConfig, mesh: Mesh) -> Setup:
     steps_per_epoch = sampler.first_step(1)
     num_steps = config.training.train_iters or sampler.first_step(config.training.train_epochs or 0)
     budget = graph_budget(max_atoms=data.max_atoms, max_edges=data.max_edges, max_angles=data.max_angles)
+    room = None
     if data.budget == "auto":
         fixed = config.parallel.expert_placement == "fixed"
-        sizes = datasets.train.sizes
-        limit = memory_limit(model, mesh, memory_gb=data.memory_gb, sizes=sizes, fixed=fixed)
-        budget = replace(budget, memory=limit)
+        room = memory_room(model, mesh, memory_gb=data.memory_gb, sizes=datasets.train.sizes, fixed=fixed)
+    limits = RunBudget(budget, room, mesh, measured=data.memory_gb is None)
     learner = Learner(
         model,
         _adamw(config.optim),
@@ -143,16 +153,15 @@ def build_setup(config: TrainConfig, mesh: Mesh) -> Setup:
         experts=model.expert_sites(),
         policy=config.parallel.sharding_policy,
     )
-    portions = Portions(
-        # With a global budget: about as many structures as an update has.
-        batch_size=data.structures_per_update or max(DEFAULT_BATCH_SIZE, len(datasets.train) // steps_per_epoch),
-        budget=budget,
-        num_workers=data.num_workers,
-        partitioner=config.parallel.graph_partitioner,
-    )
+    # With a global budget: about as many structures as an update has.
+    batch_size = data.structures_per_update or max(DEFAULT_BATCH_SIZE, len(datasets.train) // steps_per_epoch)
+
+    def evaluated(dataset: StructureDataset) -> EvaluationSource:
+        return evaluation_source(dataset, model, mesh, _portions(config, limits, batch_size))
+
     for dataset in (datasets.valid, datasets.test):
         if dataset is not None:  # refuses structures that are too large, before the run begins
-            evaluation_source(dataset, model, mesh, portions)
+            evaluated(dataset)
 
     cost = PackingCost(model.hyper, calibrated=data.cost_model == "calibrated")
 
@@ -160,12 +169,12 @@ def build_setup(config: TrainConfig, mesh: Mesh) -> Setup:
         return StepLoader(
             datasets.train,
             sampler,
-            collate_for(model, datasets.train, portions.partitioner),
+            collate_for(model, datasets.train, config.parallel.graph_partitioner),
             start_step=start_step,
             num_steps=num_steps - start_step,
             rank=mesh.batch.rank,
             world_size=mesh.batch.size,
-            budget=portions.budget,
+            budget=limits.budget,
             cost=cost.model.of_records(datasets.train.sizes),
             same_count=mesh.in_step,
             num_workers=data.num_workers,
@@ -173,6 +182,16 @@ def build_setup(config: TrainConfig, mesh: Mesh) -> Setup:
         )
 
     batches(0)  # likewise
+
+    def facts() -> dict[str, Any] | None:
+        found = {"cost": cost.facts(), "budget": limits.facts()}
+        return found if any(found.values()) else None
+
+    def restore(facts: dict[str, Any] | None) -> None:
+        cost.restore((facts or {}).get("cost"))
+        limits.restore((facts or {}).get("budget"))
+
+    valid = datasets.valid
     return Setup(
         datasets=datasets,
         statistics=subject.statistics,
@@ -181,15 +200,32 @@ def build_setup(config: TrainConfig, mesh: Mesh) -> Setup:
         sampler=sampler,
         num_steps=num_steps,
         steps_per_epoch=steps_per_epoch,
-        portions=portions,
+        limits=limits,
+        batch_size=batch_size,
+        config=config,
         cost=cost,
         train=TrainingSource(
             batches=batches,
             totals=lambda indices: label_totals(datasets.train, indices),
-            facts=cost.facts,
-            restore=cost.restore,
+            facts=facts,
+            restore=restore,
         ),
-        valid=None if datasets.valid is None else evaluation_source(datasets.valid, model, mesh, portions),
+        valid=None
+        if valid is None
+        else EvaluationSource(
+            # Anew each time: a checkpoint may bring other limits.
+            micro_batches=lambda: evaluated(valid).micro_batches(),
+            totals=label_totals(valid, np.arange(len(valid))),
+        ),
+    )
+
+
+def _portions(config: TrainConfig, limits: RunBudget, batch_size: int) -> Portions:
+    return Portions(
+        batch_size=batch_size,
+        budget=limits.budget,
+        num_workers=config.data.num_workers,
+        partitioner=config.parallel.graph_partitioner,
     )
 
 
@@ -318,7 +354,9 @@ def _build_model(config: TrainConfig, hyper: ModelConfig, statistics: dict[str, 
         model.elements, model.elements_of_task = (), dict.fromkeys(hyper.tasks, ())
     else:
         model = load_model(config.init_from, precision=precision, mesh=mesh, experts=experts)
-    model.recompute_bytes = {"none": None, "selective": RECOMPUTE_BYTES, "all": 0}[config.training.recompute]
+    recompute = config.training.recompute
+    model.recompute_bytes = {"none": None, "selective": RECOMPUTE_BYTES, "all": 0, "full": 0}[recompute]
+    model.recompute_blocks = recompute == "full"
     of_base = dict(model.elements_of_task) if hyper.tasks else {"": model.elements}
     found = frozenset().union(*(entry.elements for entry in statistics.values()))
     model.elements = tuple(sorted(found.union(model.elements)))

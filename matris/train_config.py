@@ -328,7 +328,8 @@ class TrainingConfig:
             start of a run and saves about a tenth of a step; needs a C++ compiler (CPU) or Triton (CUDA).
         recompute: `selective` makes large results of element-wise operations (4 MiB and more) again in backward passes
             instead of keeping them, in the force pass and in the second backward pass alike: the same bits with less
-            memory; `all` those of any size, `none` keeps them.
+            memory; `all` those of any size, `none` keeps them. `full` keeps of an interaction block only its inputs and
+            what arrives at it in each backward pass, and computes twice as many matrix products in all.
         seed: of the initial weights, the shuffling and the validation split.
         device: `auto` (a GPU per rank where there are GPUs), `cpu` or `cuda`.
         resume: `auto` continues from the newest valid checkpoint in `output`, `never` refuses an `output` with
@@ -349,7 +350,7 @@ class TrainingConfig:
     async_save: bool = True
     precision: Literal["fp32", "tf32", "bf16-mixed", "fp64"] = "fp32"
     compile_kernels: bool = False
-    recompute: Literal["none", "selective", "all"] = "selective"
+    recompute: Literal["none", "selective", "all", "full"] = "selective"
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     resume: str = "auto"

@@ -23,6 +23,7 @@ LEVELS = {
         ("janus.name_clash", "janus.file_errors", "janus.comm.ledger", "janus.comm.watch"),
         ("janus", "janus.mesh", "janus.ops"),
         (
+            "janus.blockwise",
             "janus.comm",
             "janus.data",
             "janus.optim",

@@ -64,6 +64,11 @@ def recomputing(at_least: int | None) -> Iterator[None]:
         _Current.recomputation = before
 
 
+def recomputed_size() -> int | None:
+    """`at_least` of the innermost `recomputing`; None outside."""
+    return None if _Current.recomputation is None else _Current.recomputation.at_least
+
+
 def recomputable(outputs: Outputs, function: Callable[..., Outputs], *inputs: Tensor | None) -> Outputs:
     """The outputs, known from now on as what `function` makes of `inputs`.
 
@@ -125,12 +130,12 @@ class _Recomputation:
     """
 
     def __init__(self, at_least: int, pack: Pack | None, unpack: Unpack | None) -> None:
-        self._at_least, self._pack, self._unpack = at_least, pack, unpack
+        self.at_least, self._pack, self._unpack = at_least, pack, unpack
         self._recent: OrderedDict[_Recipe, tuple[Tensor, ...]] = OrderedDict()
 
     def know(self, outputs: Tensor | tuple[Tensor, ...], function: Callable[..., Any], inputs: tuple) -> None:
         results = outputs if isinstance(outputs, tuple) else (outputs,)
-        if results[0].nbytes < self._at_least:
+        if results[0].nbytes < self.at_least:
             return
         packed = tuple(None if value is None else self.pack(value) for value in inputs)
         self._mark(_Recipe(function, packed, tuple(result.stride() for result in results)), results)

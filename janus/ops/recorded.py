@@ -23,8 +23,9 @@ def recorded_gradients(
         count: how many of the inputs, from the first; None for all.
     """
     with torch.enable_grad():
-        # An input without a gradient of its own gets a stand-in, so that every gradient asked for exists.
-        used = [x if x is None or x.requires_grad else x.detach().requires_grad_() for x in inputs]
+        # Stand-ins. An input without a gradient of its own gets one, so that every gradient asked for exists. Where an
+        # input depends on another, only the function's own use of each counts, and no way leads from view to view.
+        used = [x if x is None else x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in inputs]
         outputs = function(*used)
         wanted = used[:count]
         found = iter(

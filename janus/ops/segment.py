@@ -44,7 +44,7 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, index: Tensor) -> Tensor:
         ctx.save_for_backward(index)
-        ctx.num_values = len(values)
+        ctx.num_values = values.shape[0]  # len() would make a traced size a constant
         return _gather(values, index)
 
     @staticmethod

@@ -58,6 +58,23 @@ def test_prediction_is_within_a_tenth(kind: str, recompute_bytes: int | None, la
     assert predicted == pytest.approx(counted(model, batch), rel=0.1)
 
 
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize(("kind", "allowed"), [("dense", 0.1), ("experts", 0.15)])
+def test_prediction_of_full_recomputation(kind: str, allowed: float, large: bool) -> None:
+    config = {"dense": DENSE, "experts": EXPERTS}[kind]
+    if large:
+        config = replace(config, num_layers=6, hidden_size=64)
+    model = MatRIS(config, seed=0)
+    model.readout.magmom.requires_grad_(False)
+    model.recompute_bytes, model.recompute_blocks = 0, True
+    batch = batch_of(*(rattled(frame) for frame in (bulk("Si", cubic=True), bulk("Cu", cubic=True))), config=config)
+    predicted = step_memory(config, counts_of(batch), recompute_bytes=0, recompute_blocks=True)
+    found = counted(model, batch)
+    assert predicted == pytest.approx(found, rel=allowed)
+    model.recompute_blocks = False
+    assert found < (0.4 if large else 0.7) * counted(model, batch)
+
+
 @pytest.mark.parametrize("kind", ["dense", "experts"])
 def test_only_large_results_are_made_again(kind: str) -> None:
     """Those of angles and tokens reach the limit, those of edges do not; some of one kind do and others do not."""

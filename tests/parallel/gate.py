@@ -70,8 +70,9 @@ def gate_config(folder: Path, data: str, precision: str = "fp64", kind: str = "d
 
     Args:
         kind: `dense`, or `experts`: a model with experts, and no clipping, so that sharded blocks are updated during
-            the backward pass.
+            the backward pass; `-full` behind it for full recomputation.
     """
+    kind, _, recompute = kind.partition("-")
     experts = kind == "experts"
     return TrainConfig(
         data=DataConfig(
@@ -82,7 +83,11 @@ def gate_config(folder: Path, data: str, precision: str = "fp64", kind: str = "d
             max_atoms=30,
         ),
         training=TrainingConfig(
-            train_iters=NUM_STEPS, precision=precision, device="cpu", output=str(folder / "run"), recompute="all"
+            train_iters=NUM_STEPS,
+            precision=precision,
+            device="cpu",
+            output=str(folder / "run"),
+            recompute=recompute or "all",
         ),
         optim=OptimConfig(
             lr=1e-2, lr_decay_style="constant", clip_grad=0.0 if experts else 0.5, ema_decay=0.9, adam_eps=1e-4

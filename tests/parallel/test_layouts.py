@@ -54,3 +54,15 @@ def test_experts_may_be_anywhere(folder: Path, world_size: int) -> None:
     for rows in run_ranks(world_size, run_gate, folder, names, runs, with_mesh=False, timeout=600.0):
         assert len(rows) == len(names) * len(runs)
         assert not [row for row in rows if not row.passed]
+
+
+@pytest.mark.slow
+def test_full_recomputation_under_layouts(folder: Path) -> None:
+    for world_size, layouts, kind in (
+        (4, ["fsdp2xgp2", "fsdp2-keepxtp2"], "dense-full"),
+        (2, ["ep2-homexgp2"], "experts-full"),
+    ):
+        runs = [("mixed", "fp64", kind)]
+        for rows in run_ranks(world_size, run_gate, folder, layouts, runs, with_mesh=False, timeout=600.0):
+            assert len(rows) == len(layouts)
+            assert not [row for row in rows if not row.passed]

@@ -34,6 +34,13 @@ def test_micro_batches_change_nothing(folder: Path) -> None:
     assert max(compare(whole, whole).values()) == 0.0
 
 
+@pytest.mark.parametrize("kind", ["dense", "experts"])
+def test_full_recomputation_changes_nothing(folder: Path, kind: str) -> None:
+    kept = measure(gate_config(folder, "mixed", kind=kind), Mesh())
+    again = measure(gate_config(folder, "mixed", kind=f"{kind}-full"), Mesh())
+    assert max(compare(again, kept, 1e-4).values()) < 1e-10
+
+
 def measured(mesh: Mesh, config: TrainConfig) -> Measurement:
     return measure(config, mesh)
 
