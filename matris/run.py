@@ -123,6 +123,10 @@ def _train(config: TrainConfig, setup: Setup, mesh: Mesh, output: Path) -> Outco
         peak=find_peak(mesh.device, _PRODUCTS[training.precision], given_tflops=training.peak_tflops),
     )
     trainer.resume()
+    if setup.limits.is_restored and mesh.is_main:
+        assert setup.limits.budget.memory is not None
+        gigabytes = setup.limits.budget.memory.available / 1e9
+        print(f"micro-batch  at most {gigabytes:.3g} GB by prediction, as at the start of this run", flush=True)
     if setup.cost.wants_times and setup.learner.step < setup.num_steps:
         _calibrate(setup, mesh)
     if config.init_from is not None and setup.learner.step == 0:

@@ -201,13 +201,15 @@ class StoreReader:
         return found
 
     def column(self, name: str) -> np.ndarray:
-        """All entries of a field that has one per record."""
+        """All entries of a field, one per record, or one per row of its axis."""
+        (axis,) = (field.axis for field in self.fields if field.name == name)
         with self._reading():
-            return self._table(None).column(name)
+            return self._table(axis).column(name)
 
     def mask(self, name: str) -> np.ndarray:
         """Which records have an optional field, (num_records,) bool."""
-        return self.column(_mask_name(name)).astype(bool)
+        with self._reading():
+            return self._table(None).column(_mask_name(name)).astype(bool)
 
     def columns(self, start: int, stop: int) -> _Columns:
         """Records start..stop-1, field by field."""

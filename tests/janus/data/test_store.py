@@ -61,6 +61,7 @@ def test_round_trip(tmp_path):
         assert_same(got, expected)
     np.testing.assert_array_equal(reader.mask("energy"), [i % 4 != 0 for i in range(50)])
     np.testing.assert_array_equal(reader.column("size"), [record["size"] for record in records])
+    np.testing.assert_array_equal(reader.column("position"), np.concatenate([record["position"] for record in records]))
     assert os.listdir(tmp_path) == ["a.h5"]
     reader.verify()
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from janus.checkpoint import CheckpointError, read_directory
 from janus.mesh import Mesh
+from matris import budget
 from matris.cost import Counts
 from matris.data.dataset import MicroBatch
 from matris.memory import step_memory
@@ -93,3 +98,47 @@ def test_refused_settings(folder: Path) -> None:
         DataConfig(memory_gb=2.0)
     with pytest.raises(ValueError, match=r"data.memory_gb is 0.0: it must be positive"):
         DataConfig(memory_gb=0.0, budget="auto")
+
+
+def test_a_resumed_run_keeps_its_limit_though_other_memory_is_free(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Memory that is free on a GPU is another at each start; as if it were on CPU here."""
+    setup = build_setup(config(folder, 10.0), Mesh())
+    (whole,) = micro_batches(setup)
+    weights = 5 * sum(value.nbytes for value in setup.model.parameters())
+    free = (predicted(setup, whole) / 2.5 + weights) / 0.9
+
+    def go_on(where: Path, steps: int, free: float, memory_gb: float | None = None, recompute: Any = "all") -> str:
+        monkeypatch.setattr(budget, "_free_bytes", lambda device: free)
+        base = config(folder, memory_gb)
+        training = replace(base.training, output=str(where), train_iters=steps, train_epochs=None, save_interval=1)
+        assert run_training(replace(base, training=replace(training, recompute=recompute))) == 0
+        return capsys.readouterr().out
+
+    def checkpoint(where: Path, step: int) -> tuple[dict[str, torch.Tensor], dict]:
+        return read_directory(where / "checkpoints" / f"step_{step:08d}")
+
+    first = folder / "first"
+    go_on(first, 1, free)
+    chosen = checkpoint(first, 1)[1]["batches"]["budget"]
+    assert chosen["available"] == pytest.approx(0.9 * free - weights, rel=0.01)
+    ends = {}
+    for name, factor in (("as before", 1.0), ("a little less", 0.96), ("more", 10.0)):
+        shutil.copytree(first, folder / name)
+        assert "GB by prediction, as at the start of this run" in go_on(folder / name, 2, factor * free)
+        tensors, state = checkpoint(folder / name, 2)
+        assert state["batches"]["budget"] == chosen
+        ends[name] = tensors
+    for name in ("a little less", "more"):
+        assert all(torch.equal(value, ends[name][key]) for key, value in ends["as before"].items())
+
+    for name in ("too little", "other bytes", "told"):
+        shutil.copytree(first, folder / name)
+    with pytest.raises(CheckpointError, match=r"began with micro-batches of up to .*give data.memory_gb to go on"):
+        go_on(folder / "too little", 2, 0.9 * free)
+    # What is kept decides on the bytes of each atom; then micro-batches are others anyway.
+    assert "as at the start" not in go_on(folder / "other bytes", 2, 10.0 * free, recompute="none")
+    assert checkpoint(folder / "other bytes", 2)[1]["batches"]["budget"]["available"] > 5.0 * chosen["available"]
+    assert "as at the start" not in go_on(folder / "told", 2, 0.9 * free, memory_gb=0.9 * free / 1e9)
+    assert checkpoint(folder / "told", 2)[1]["batches"] is None
