@@ -11,7 +11,7 @@ from ase.build import bulk, molecule
 from matris.config import ModelConfig, Precision
 from matris.cost import Counts
 from matris.graph.batch import GraphBatch
-from matris.memory import step_memory, unit_bytes
+from matris.memory import _BATCH_BYTES, step_memory, unit_bytes
 from matris.model import MatRIS
 from tests.matris.live_bytes import LiveBytes
 from tests.matris.structures import batch_of, rattled
@@ -108,3 +108,16 @@ def test_linear_bound(config: ModelConfig, recompute_bytes: int | None) -> None:
         exact = step_memory(config, counts, recompute_bytes=recompute_bytes)
         assert linear >= exact * (1.0 - 1e-9)
     assert linear <= 1.05 * exact
+
+
+def test_bytes_of_a_batch() -> None:
+    """All that grows with atoms, edges and angles."""
+    small, large = (batch_of(rattled(bulk("Cu", cubic=True).repeat(size)), config=DENSE) for size in (1, 2))
+    for batch in (small, large):
+        of_structure = sum(
+            getattr(batch, name).nbytes for name in ("cell", "atoms_per_structure", "task", "charge", "spin")
+        )
+        held = sum(value.nbytes for value in vars(batch).values() if isinstance(value, torch.Tensor))
+        numbers = {"atom": batch.num_atoms, "undirected": batch.num_undirected, "angle": batch.num_angles}
+        predicted = sum(count * getattr(_BATCH_BYTES, kind).numbers for kind, count in numbers.items())
+        assert held - of_structure == predicted
