@@ -204,12 +204,19 @@ class StoreReader:
         """All entries of a field, one per record, or one per row of its axis."""
         (axis,) = (field.axis for field in self.fields if field.name == name)
         with self._reading():
-            return self._table(axis).column(name)
+            return self._table(axis).columns([name])[name]
 
     def mask(self, name: str) -> np.ndarray:
         """Which records have an optional field, (num_records,) bool."""
+        return self.overview(masks=[name])[1][name]
+
+    def overview(
+        self, fields: Sequence[str] = (), masks: Sequence[str] = ()
+    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """`column` of fields that have one entry per record, and `mask` of others, in one pass through the file."""
         with self._reading():
-            return self._table(None).column(_mask_name(name)).astype(bool)
+            found = self._table(None).columns([*fields, *map(_mask_name, masks)])
+        return {name: found[name] for name in fields}, {name: found[_mask_name(name)].astype(bool) for name in masks}
 
     def columns(self, start: int, stop: int) -> _Columns:
         """Records start..stop-1, field by field."""
@@ -293,11 +300,15 @@ class _Table:
         """Rows start..stop-1, (stop - start,) of `dtype`."""
         return self.dataset[start:stop].view(self.dtype)[:, 0]
 
-    def column(self, name: str) -> np.ndarray:
-        """One field of all rows."""
-        assert self.dtype.fields is not None
-        dtype, offset = self.dtype.fields[name][:2]
-        return self.dataset[:, offset : offset + dtype.itemsize].view([(name, dtype)])[name][:, 0]
+    def columns(self, names: Sequence[str]) -> dict[str, np.ndarray]:
+        """Some fields of all rows, which are read in blocks."""
+        length = len(self.dataset)
+        found = {name: np.empty(length, self.dtype[name]) for name in names}
+        for start in range(0, length, COPY_RECORDS):
+            rows = self.read(start, min(start + COPY_RECORDS, length))
+            for name, values in found.items():
+                values[start : start + len(rows)] = rows[name]
+        return found
 
 
 def _axes(fields: Sequence[Field]) -> list[str]:

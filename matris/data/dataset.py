@@ -75,15 +75,17 @@ class StructureDataset:
         self._records = records
         chosen = slice(None) if records is None else records
         self.sizes = sizes[chosen]
-        self._all_presence = presence or LabelPresence(
-            **{name: np.concatenate([store.mask(name) for store in stores]) for name in LABEL_NAMES}
-        )
+        if presence is None or tasks is None:
+            overviews = [store.overview(["task"], LABEL_NAMES) for store in stores]
+            presence = LabelPresence(
+                **{name: np.concatenate([masks[name] for _, masks in overviews]) for name in LABEL_NAMES}
+            )
+            stated = np.concatenate([values["task"] for values, _ in overviews])
+            tasks = tasks or _numbered(stated)
+        self._all_presence = presence
         self.label_presence = LabelPresence(
             **{name: present[chosen] for name, present in vars(self._all_presence).items()}
         )
-        if tasks is None:
-            names, index = np.unique(np.concatenate([store.column("task") for store in stores]), return_inverse=True)
-            tasks = [name.decode() for name in names], index
         self._tasks = tasks
         self.task_names, self.task_index = tuple(tasks[0]), tasks[1][chosen]
         self.report = PrepareReport.join(PrepareReport.of_store(store) for store in stores)
@@ -175,6 +177,12 @@ class StructureDataset:
         record = index if self._records is None else int(self._records[index])
         which = int(np.searchsorted(self._ends, record, side="right"))
         return self.stores[which], record - (int(self._ends[which - 1]) if which else 0)
+
+
+def _numbered(tasks: np.ndarray) -> tuple[list[str], np.ndarray]:
+    """Names of the levels of theory, sorted, and the number of each record's."""
+    names, index = np.unique(tasks, return_inverse=True)
+    return [name.decode() for name in names], index
 
 
 def _largest_labels(store: StoreReader) -> np.ndarray:
