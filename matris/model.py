@@ -15,6 +15,7 @@ from janus.ops.recompute import recomputing
 from janus.ops.segment import segment_sum
 from matris.basis.envelope import polynomial_envelope
 from matris.basis.radial import build_radial_basis
+from matris.blocks.compiled import CompiledBlocks
 from matris.blocks.edges import EdgeSet, Rows
 from matris.blocks.embedding import AngleEmbedding, AtomEmbedding, EdgeEmbedding, TaskEmbedding
 from matris.blocks.geometry import measure
@@ -191,6 +192,19 @@ class MatRIS(MegatronModule):
             )
         for block in self._interaction_blocks():
             block.make_passes = make_again if wanted else None
+
+    def compile_blocks(self, *, or_plain: bool) -> None:
+        """Computes all passes of the interaction blocks by compiled programs, which are made at the first batch.
+
+        Args:
+            or_plain: go on without them, with a warning, where that fails.
+
+        Raises:
+            ValueError: for models with experts, and over a tensor or graph axis.
+        """
+        make_passes = CompiledBlocks(self.config, or_plain=or_plain)
+        for block in self._interaction_blocks():
+            block.make_passes = make_passes
 
     def _interaction_blocks(self) -> list[InteractionBlock]:
         return [block for block in self.blocks if isinstance(block, InteractionBlock)]

@@ -34,6 +34,7 @@ def run_table(config: TrainConfig, setup: Setup, mesh: Mesh) -> str:
     if missing:
         rows.append(("no labels", f"{', '.join(missing)}: the weight in the loss has nothing to act on"))
     compiled = ", compiled kernels" if training.compile_kernels else ""
+    compiled += ", compiled blocks" if training.compile != "none" else ""
     ignored = [name for name in ("charge", "spin") if not hyper.tasks and _differs(setup, name)]
     if ignored:
         rows.append(("not used", f"{' and '.join(ignored)} of the structures differ, and this model does not see them"))

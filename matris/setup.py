@@ -138,6 +138,11 @@ def build_setup(config: TrainConfig, mesh: Mesh) -> Setup:
     num_steps = config.training.train_iters or sampler.first_step(config.training.train_epochs or 0)
     budget = graph_budget(max_atoms=data.max_atoms, max_edges=data.max_edges, max_angles=data.max_angles)
     room = None
+    if data.budget == "auto" and config.training.compile != "none":
+        raise ValueError(
+            f"data.budget is auto and training.compile is {config.training.compile}: the memory of compiled blocks is "
+            "not predicted; give data.max_atoms, data.max_edges or data.max_angles, or compile nothing"
+        )
     if data.budget == "auto":
         fixed = config.parallel.expert_placement == "fixed"
         room = memory_room(model, mesh, memory_gb=data.memory_gb, sizes=datasets.train.sizes, fixed=fixed)
@@ -357,6 +362,8 @@ def _build_model(config: TrainConfig, hyper: ModelConfig, statistics: dict[str, 
     recompute = config.training.recompute
     model.recompute_bytes = {"none": None, "selective": RECOMPUTE_BYTES, "all": 0, "full": 0}[recompute]
     model.recompute_blocks = recompute == "full"
+    if (wanted := config.training.compile) != "none":
+        model.compile_blocks(or_plain=wanted == "try")
     of_base = dict(model.elements_of_task) if hyper.tasks else {"": model.elements}
     found = frozenset().union(*(entry.elements for entry in statistics.values()))
     model.elements = tuple(sorted(found.union(model.elements)))

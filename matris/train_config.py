@@ -326,6 +326,11 @@ class TrainingConfig:
             and loss stay in at least fp32; `fp64`.
         compile_kernels: compile chains of element-wise operations with torch.compile, which takes up to a minute at the
             start of a run and saves about a tenth of a step; needs a C++ compiler (CPU) or Triton (CUDA).
+        compile: `blocks` compiles all passes of an interaction block, from forward to second backward, into a few
+            kernels with torch's inductor: less memory and fewer operations, for some minutes at the first start (later
+            ones find kernels on disk), once for all sizes of batches. They are compared with the plain block before
+            use; a difference stops the run, or with `try` leaves all plain, with a warning. For models without experts,
+            with replicas and sharded weights; needs torch 2.8 and a C++ compiler (CPU) or Triton (CUDA).
         recompute: `selective` makes large results of element-wise operations (4 MiB and more) again in backward passes
             instead of keeping them, in the force pass and in the second backward pass alike: the same bits with less
             memory; `all` those of any size, `none` keeps them. `full` keeps of an interaction block only its inputs and
@@ -350,6 +355,7 @@ class TrainingConfig:
     async_save: bool = True
     precision: Literal["fp32", "tf32", "bf16-mixed", "fp64"] = "fp32"
     compile_kernels: bool = False
+    compile: Literal["none", "blocks", "try"] = "none"
     recompute: Literal["none", "selective", "all", "full"] = "selective"
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -370,6 +376,19 @@ class TrainingConfig:
             _check_at_least(f"training.{name}", getattr(self, name), 0)
         if self.peak_tflops is not None and not self.peak_tflops > 0.0:
             raise ValueError(f"training.peak_tflops is {self.peak_tflops}: it must be positive")
+        if self.compile != "none":
+            self._check_compile()
+
+    def _check_compile(self) -> None:
+        for name, value, fitting, reason in (
+            ("recompute", self.recompute, self.recompute != "full", "its programs decide what is kept; take selective"),
+            ("compile_kernels", self.compile_kernels, not self.compile_kernels, "it has all kernels; leave it away"),
+        ):
+            if not fitting:
+                raise ValueError(
+                    f"training.{name} is {value} and training.compile is {self.compile}: a compiled block does not go "
+                    f"with it, for {reason}"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -64,6 +64,17 @@ def recomputing(at_least: int | None) -> Iterator[None]:
         _Current.recomputation = before
 
 
+@contextmanager
+def saving_plainly() -> Iterator[None]:
+    """Inside, tensors are saved as they are, whatever `recomputing` and `saving` are around."""
+    before, _Current.recomputation = _Current.recomputation, None
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
+            yield
+    finally:
+        _Current.recomputation = before
+
+
 def recomputed_size() -> int | None:
     """`at_least` of the innermost `recomputing`; None outside."""
     return None if _Current.recomputation is None else _Current.recomputation.at_least

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from janus.ops.fused import kernels_are_compiled
 
@@ -30,7 +31,8 @@ def map_rows(function: Callable[..., tuple[Tensor, ...]], rows: tuple[Tensor, ..
         results over all rows, (N, ...), then the sums.
     """
     num_rows = rows[0].shape[0]
-    if rows[0].device.type != "cpu" or rows[0].numel() <= _WHOLE_ELEMENTS or kernels_are_compiled():
+    being_traced = get_proxy_mode() is not None  # for any number of rows
+    if being_traced or rows[0].device.type != "cpu" or rows[0].numel() <= _WHOLE_ELEMENTS or kernels_are_compiled():
         return function(*rows)
     step = max(1, _SLICE_ELEMENTS // rows[0][0].numel())
     outputs: list[Tensor] = []

@@ -65,11 +65,11 @@ class InteractionBlock(MegatronModule):
         is_last: the energy reads atoms only, so the last block leaves the edges and angles of its refinements alone.
 
     Attributes:
-        make_passes: how the block's passes are computed, given what it does to features on a batch; by default
-            everything is left to autograd.
+        make_passes: gives the passes of this block on a batch; by default, and where it gives none, everything is left
+            to autograd.
     """
 
-    make_passes: Callable[[InteractionBlock, Connectivity], Passes] | None
+    make_passes: Callable[[InteractionBlock, Connectivity], Passes | None] | None
 
     def __init__(self, config: MatRISConfig, *, is_last: bool) -> None:
         super().__init__(config)
@@ -89,10 +89,10 @@ class InteractionBlock(MegatronModule):
         self, atoms: Tensor, edges: Tensor, angles: Tensor, graph: Connectivity
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Features of atoms (N, width), undirected edges (U, width) and angles (A, width) to updated ones."""
-        if self.make_passes is None:
+        passes = None if self.make_passes is None else self.make_passes(self, graph)
+        if passes is None:
             return self._interact(atoms, edges, angles, graph)
-        x = (atoms, edges, angles, *graph.measured)
-        found = run_block(self.make_passes(self, graph), x, self.weights.current())
+        found = run_block(passes, (atoms, edges, angles, *graph.measured), self.weights.current())
         return (found[0], edges, angles) if self.is_last else (found[0], found[1], found[2])
 
     def function_on(self, graph: Connectivity) -> BlockFunction:
