@@ -183,22 +183,27 @@ class StoreReader:
     def read(self, start: int, stop: int) -> list[dict[str, Any]]:
         """Records start..stop-1, one read per table."""
         tables = self._tables_of(start, stop)
-        records = tables[None]
-        bounds = {
-            axis: (records[_bounds_name(axis)] - records[_bounds_name(axis)][0, 0]).tolist() for axis in self._axes
-        }
-        found = []
-        for i, row in enumerate(records):
-            own = {axis: tables[axis][slice(*bounds[axis][i])] for axis in self._axes}
+        names = tables[None].dtype.names
+        assert names is not None
+        # Taking fields out of a row one by one would take longer than reading it.
+        rows = [dict(zip(names, values, strict=True)) for values in tables[None].tolist()]
+        first = {axis: int(rows[0][_bounds_name(axis)][0]) for axis in self._axes}
+        records = []
+        for row in rows:
+            own: dict[str | None, Any] = {None: row}
+            for axis in self._axes:
+                begin, end = row[_bounds_name(axis)].tolist()
+                own[axis] = tables[axis][begin - first[axis] : end - first[axis]]
             record: dict[str, Any] = {}
             for field in self.fields:
                 if field.optional and not row[_mask_name(field.name)]:
                     record[field.name] = None
-                else:
-                    # A copy: what lies inside of a row is neither contiguous nor aligned.
-                    record[field.name] = (row if field.axis is None else own[field.axis])[field.name].copy()
-            found.append(record)
-        return found
+                    continue
+                value = own[field.axis][field.name]
+                # A copy: what lies inside of a row is neither contiguous nor aligned.
+                record[field.name] = value.copy() if isinstance(value, np.ndarray) else value
+            records.append(record)
+        return records
 
     def column(self, name: str) -> np.ndarray:
         """All entries of a field, one per record, or one per row of its axis."""

@@ -6,9 +6,11 @@ import hashlib
 import json
 import logging
 import os
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +72,7 @@ class StructureDataset:
             tasks: names, and (n,) the number of each of all records, in place of what the stores say.
         """
         self.stores = tuple(stores)
-        self._ends = np.cumsum([len(store) for store in stores])
+        self._ends = list(accumulate(len(store) for store in stores))
         self._all_sizes = sizes
         self._records = records
         chosen = slice(None) if records is None else records
@@ -175,8 +177,8 @@ class StructureDataset:
 
     def _locate(self, index: int) -> tuple[StoreReader, int]:
         record = index if self._records is None else int(self._records[index])
-        which = int(np.searchsorted(self._ends, record, side="right"))
-        return self.stores[which], record - (int(self._ends[which - 1]) if which else 0)
+        which = bisect_right(self._ends, record)
+        return self.stores[which], record - (self._ends[which - 1] if which else 0)
 
 
 def _numbered(tasks: np.ndarray) -> tuple[list[str], np.ndarray]:

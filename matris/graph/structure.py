@@ -46,8 +46,9 @@ class Structure:
         if not np.isfinite(self.positions).all():
             atom = int(np.nonzero(~np.isfinite(self.positions).all(axis=1))[0][0])
             raise ValueError(f"position of atom {atom} is {self.positions[atom]}: coordinates must be finite")
-        if not np.isfinite(self.cell).all():
-            raise ValueError(f"cell is {self.cell.tolist()}: lattice vectors must be finite")
+        vectors = self.cell.tolist()
+        if not all(math.isfinite(number) for vector in vectors for number in vector):
+            raise ValueError(f"cell is {vectors}: lattice vectors must be finite")
         unknown = (self.numbers < 1) | (self.numbers > MAX_Z)
         if unknown.any():
             atom = int(np.nonzero(unknown)[0][0])
@@ -55,9 +56,9 @@ class Structure:
                 f"atom {atom} has atomic number {int(self.numbers[atom])}: allowed are 1 ({SYMBOLS[1]}) to "
                 f"{MAX_Z} ({SYMBOLS[MAX_Z]})"
             )
-        if not _independent(self.cell[self.pbc].tolist()):
+        if not _independent([vector for vector, is_periodic in zip(vectors, self.pbc, strict=True) if is_periodic]):
             raise ValueError(
-                f"cell {self.cell.tolist()} with pbc {self.pbc.tolist()}: the periodic lattice vectors must be "
+                f"cell {vectors} with pbc {self.pbc.tolist()}: the periodic lattice vectors must be "
                 "linearly independent; switch pbc off for directions that have no lattice vector"
             )
 
@@ -82,7 +83,7 @@ _Vector: TypeAlias = Sequence[float]
 def _independent(vectors: Sequence[_Vector]) -> bool:
     """Whether up to three vectors span a box, of a volume that is more than rounding of the product of their lengths.
 
-    In plain numbers: a call of LAPACK takes as long as reading the structure.
+    In plain numbers: a call of LAPACK takes a good part of the time of reading the structure.
     """
     lengths = math.prod(_dot(vector, vector) for vector in vectors)
     if len(vectors) < 2:
