@@ -74,6 +74,25 @@ GRAPH, FORCE, SECOND, OPTIMIZER, COMMUNICATION = (
 
 def main(words: list[str] | None = None) -> int:
     """Prints a table, and writes JSON where asked to."""
+    words = sys.argv[1:] if words is None else words
+    options = parsed(words)
+    if options.worker:
+        with open_mesh(options.device) as mesh:
+            report = measure(options, mesh)
+        if mesh.is_main:
+            print(json.dumps(report))
+        return 0
+    report = _of_ranks(options.ranks, words) if options.ranks > 1 else _alone(options)
+    print(_table(report))
+    if options.output is not None:
+        partial = options.output.with_name(options.output.name + ".partial")
+        partial.write_text(json.dumps(report, indent=1) + "\n")
+        os.replace(partial, options.output)
+    return 0
+
+
+def parsed(words: list[str]) -> argparse.Namespace:
+    """The options; ends the program where they are wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="m")
     parser.add_argument("--precision", choices=FORMATS, default="fp32")
@@ -90,26 +109,13 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--message_mb", type=int, default=64, help="of the collectives")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    words = sys.argv[1:] if words is None else words
     options = parser.parse_args(words)
     for name in ("cells", "structures", "threads", "ranks", "steps", "triad_mb", "message_mb"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} is {getattr(options, name)}: at least 1 is needed")
     if options.output is not None and not options.output.parent.is_dir():
         parser.error(f"--output {options.output}: no directory {options.output.parent}")
-    if options.worker:
-        with open_mesh(options.device) as mesh:
-            report = measure(options, mesh)
-        if mesh.is_main:
-            print(json.dumps(report))
-        return 0
-    report = _of_ranks(options.ranks, words) if options.ranks > 1 else _alone(options)
-    print(_table(report))
-    if options.output is not None:
-        partial = options.output.with_name(options.output.name + ".partial")
-        partial.write_text(json.dumps(report, indent=1) + "\n")
-        os.replace(partial, options.output)
-    return 0
+    return options
 
 
 def _alone(options: argparse.Namespace) -> dict[str, Any]:
