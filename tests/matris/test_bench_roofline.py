@@ -47,6 +47,13 @@ def test_all_parts_of_a_step(tmp_path: Path, tiny: None, capsys: pytest.CaptureF
     assert "| second backward |" in capsys.readouterr().out
 
 
+def test_blocks_that_are_recomputed_are_timed_too(tmp_path: Path, tiny: None) -> None:
+    found = report(tmp_path / "roofline.json", "--cells 1 --recompute full")
+    parts = {row["part"]: row for row in found["parts"]}
+    assert all(parts[name]["seconds"] > 0.0 for name in FORWARD)
+    assert found["recompute"] == "full"
+
+
 def test_structures_without_labels_have_no_force_pass(tmp_path: Path, tiny: None) -> None:
     images = [copper(seed) for seed in range(3)]
     for image in images:

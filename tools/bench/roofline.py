@@ -51,7 +51,7 @@ from matris.data.records import Sample
 from matris.graph.batch import GraphBatch, LabelTotals
 from matris.graph.structure import Labels, Structure
 from matris.loss import force_matching_loss
-from matris.model import MatRIS
+from matris.model import RECOMPUTE_BYTES, MatRIS
 from matris.precision import set_precision
 from matris.presets import PRESETS
 
@@ -101,7 +101,8 @@ def parsed(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--data", nargs="+", help="structures in place of rock salt")
     parser.add_argument("--structures", type=int, default=8, help="of the data, for each rank")
     parser.add_argument("--cache_dir")
-    parser.add_argument("--compile", action="store_true", help="as training.compile_kernels")
+    parser.add_argument("--recompute", choices=("none", "selective", "all", "full"), default="selective")
+    parser.add_argument("--compile", action="store_true", help="element-wise chains, as the training does")
     parser.add_argument("--threads", type=int, default=1, help="of a rank on CPU")
     parser.add_argument("--ranks", type=int, default=1, help="processes that share the sum of the gradients")
     parser.add_argument("--steps", type=int, default=5, help="timed ones, after one that is not")
@@ -155,6 +156,8 @@ def measure(options: argparse.Namespace, mesh: Mesh) -> dict[str, Any]:
     compile_kernels(options.compile, device)
     machine = _machine(options, mesh)
     model = MatRIS(PRESETS[options.preset], precision=Precision(options.precision), seed=0, mesh=mesh).to(device)
+    model.recompute_bytes = {"none": None, "selective": RECOMPUTE_BYTES, "all": 0, "full": 0}[options.recompute]
+    model.recompute_blocks = options.recompute == "full"
     model.predicts_magmoms = False
     model.readout.magmom.requires_grad_(False)
     learner = Learner(
@@ -182,6 +185,7 @@ def measure(options: argparse.Namespace, mesh: Mesh) -> dict[str, Any]:
     return {
         "preset": options.preset,
         "precision": options.precision,
+        "recompute": options.recompute,
         "compiled": options.compile,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "machine": machine,
@@ -459,8 +463,8 @@ def _table(report: dict[str, Any]) -> str:
         f"{machine['device']}, {machine['ranks']} ranks of {machine['threads']} threads, torch {machine['torch']}: "
         f"{rates}, {machine['bytes_per_s'] / 1e9:.3g} GB/s",
         *(f"{name}: {rate / 1e9:.3g} GB/s" for name, rate in machine["collectives_bytes_per_s"].items()),
-        f"preset {report['preset']}, {report['precision']}{', compiled' if report['compiled'] else ''}, "
-        f"{report['parameters']} parameters; on a rank {batch['atoms']} atoms, {batch['edges']} edges, "
+        f"preset {report['preset']}, {report['precision']}, recompute {report['recompute']}"
+        f"{', compiled' if report['compiled'] else ''}, {report['parameters']} parameters; on a rank {batch['atoms']} atoms, {batch['edges']} edges, "
         f"{batch['angles']} angles",
         "",
         "| part | ms | GFLOP | MB | bound, ms | share of bound |",
