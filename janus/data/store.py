@@ -26,6 +26,7 @@ import numpy as np
 FORMAT = "janus-store"
 VERSION = 2
 CHUNK_BYTES = 32 * 1024  # small, because a random read loads and checks whole chunks
+CACHE_BYTES = 1024 * 1024  # of chunks, for each table of an open store: every process of every rank has its own
 COPY_RECORDS = 4096  # records held in memory at a time when stores are copied
 
 
@@ -267,7 +268,7 @@ class StoreReader:
     def _open_file(self) -> h5py.File:
         if self._file is None or self._owner != os.getpid():  # a handle must not be shared after a fork
             # Stores never change once in place, so no lock; many file systems of clusters have none.
-            self._file, self._tables = h5py.File(self.path, "r", locking=False), {}
+            self._file, self._tables = h5py.File(self.path, "r", locking=False, rdcc_nbytes=CACHE_BYTES), {}
             self._owner = os.getpid()
         return self._file
 

@@ -181,6 +181,11 @@ def counted(function, calls):
     return counting
 
 
+def test_what_is_cached_is_bounded(tmp_path):
+    reader = write(tmp_path / "a.h5", make_records(5))
+    assert reader._open_file().id.get_access_plist().get_cache()[2] == 1024 * 1024
+
+
 def test_rows_of_other_fields_are_refused(tmp_path):
     import h5py
 
