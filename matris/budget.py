@@ -92,10 +92,14 @@ class RunBudget:
         self.budget, self.is_restored = replace(self.budget, memory=replace(limit, available=available)), True
 
 
-def memory_room(model: MatRIS, mesh: Mesh, *, memory_gb: float | None, sizes: np.ndarray, fixed: bool) -> MemoryRoom:
+def memory_room(
+    model: MatRIS, mesh: Mesh, *, recompute: str, memory_gb: float | None, sizes: np.ndarray, fixed: bool
+) -> MemoryRoom:
     """Bytes for micro-batches, the same on all ranks, which all call it before the weights are shared out.
 
     Args:
+        recompute: what the model does, or `auto`: sets it to the policy with the least work that leaves room for the
+            largest of the training data, or else to that with the least memory.
         memory_gb: GB that a rank may use; None for what is free on its GPU.
         sizes: (n, 3) of the training data.
         fixed: whether whole experts are on home ranks.
@@ -115,15 +119,20 @@ def memory_room(model: MatRIS, mesh: Mesh, *, memory_gb: float | None, sizes: np
     needed = weights.held + weights.gathered + weights.gathered_experts
     own = _free_bytes(mesh.device) if memory_gb is None else 1e9 * memory_gb
     of_rank = -reduce_max(-own, mesh)
-    itemsize = 8 if model.precision is Precision.fp64 else 4
-    unit = unit_bytes(
-        model.hyper,
-        recompute_bytes=model.recompute_bytes,
-        recompute_blocks=model.recompute_blocks,
-        itemsize=itemsize,
-    )
-    per_unit = (unit.atom, unit.edge, unit.angle)
-    available = USED * of_rank - needed - unit.constant
+    together = 1.0 if mesh.graph.size == 1 else _SHARED * mesh.graph.size
+    policies = ("selective", "all", "full")[: 3 if model.can_recompute_blocks else 2]
+    for policy in policies if recompute == "auto" else (recompute,):
+        model.set_recompute(policy)
+        unit = unit_bytes(
+            model.hyper,
+            recompute_bytes=model.recompute_bytes,
+            recompute_blocks=model.recompute_blocks,
+            itemsize=8 if model.precision is Precision.fp64 else 4,
+        )
+        available = USED * of_rank - needed - unit.constant
+        largest = float((sizes @ np.array(unit.per_unit)).max())
+        if largest <= together * available:
+            break
     if available <= 0.0:
         raise ValueError(
             f"data.budget is auto: of {of_rank / 1e9:.3g} GB on each rank nothing is left for micro-batches beside "
@@ -131,15 +140,13 @@ def memory_room(model: MatRIS, mesh: Mesh, *, memory_gb: float | None, sizes: np
             f"{f' and {unit.constant / 1e9:.3g} GB of small results' if unit.constant else ''}: share the weights over "
             "more ranks (parallel.fully_sharded_size), or give more memory"
         )
-    largest = float((sizes @ np.array(per_unit)).max())
     ranks = max(2, math.ceil(largest / (_SHARED * available)))
-    together = 1.0 if mesh.graph.size == 1 else _SHARED * mesh.graph.size
     advice = (
         f"let ranks share structures: parallel.context_parallel_size {ranks} is enough for the largest of the training "
-        "data; or keep less (training.recompute full), or leave these records out"
+        f"data; or {'' if policy == 'full' else 'keep less (training.recompute full), or '}leave these records out"
     )
     return MemoryRoom(
-        limit=MemoryLimit(available=together * available, per_unit=per_unit, advice=advice),
+        limit=MemoryLimit(available=together * available, per_unit=unit.per_unit, advice=advice),
         most=together * (_USED_LATER * of_rank - needed - unit.constant),
     )
 

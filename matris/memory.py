@@ -109,6 +109,11 @@ class UnitBytes:
     edge: float
     angle: float
 
+    @property
+    def per_unit(self) -> tuple[float, float, float]:
+        """Of an atom, a directed edge and an angle."""
+        return self.atom, self.edge, self.angle
+
 
 def step_memory(
     config: ModelConfig,

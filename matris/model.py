@@ -83,6 +83,7 @@ class MatRIS(MegatronModule):
         elements: atomic numbers that the model was trained on, ascending; all that it has weights for unless training
             narrows them.
         elements_of_task: the same for each task by name.
+        recompute: the policy (`set_recompute`), of which the next two are parts.
         recompute_bytes: results of so many bytes, if they are cheap, are made again in backward passes and not kept
             (`janus.ops.recompute`); None keeps all.
         recompute_blocks: of interaction blocks nothing is kept but their inputs (`janus.blockwise.again`).
@@ -116,6 +117,7 @@ class MatRIS(MegatronModule):
         self.mesh = mesh
         self.precision = precision
         self.predicts_magmoms = True
+        self.recompute = "selective"
         self.recompute_bytes: int | None = RECOMPUTE_BYTES
         self.elements: tuple[int, ...] = tuple(range(1, config.num_elements + 1))
         self.elements_of_task: dict[str, tuple[int, ...]] = dict.fromkeys(config.tasks, self.elements)
@@ -176,6 +178,21 @@ class MatRIS(MegatronModule):
             )
         return prediction if create_graph else _detached(prediction)
 
+    def set_recompute(self, policy: str) -> None:
+        """`none`, `selective`, `all` or `full`, as `training.recompute` has it; before the weights are shared out.
+
+        Raises:
+            ValueError: not with experts that are gathered as planned.
+        """
+        self.recompute = policy
+        self.recompute_bytes = {"none": None, "selective": RECOMPUTE_BYTES}.get(policy, 0)
+        self.recompute_blocks = policy == "full"
+
+    @property
+    def can_recompute_blocks(self) -> bool:
+        """Whether all weights of a block are there while it runs."""
+        return all(site.axis.size == 1 or site.has_homes for site in self.expert_sites())
+
     @property
     def recompute_blocks(self) -> bool:
         """See the class; to be set before the weights are shared out."""
@@ -183,8 +200,7 @@ class MatRIS(MegatronModule):
 
     @recompute_blocks.setter
     def recompute_blocks(self, wanted: bool) -> None:
-        shared_experts = any(site.axis.size > 1 and not site.has_homes for site in self.expert_sites())
-        if wanted and shared_experts:
+        if wanted and not self.can_recompute_blocks:
             raise ValueError(
                 "whole blocks are to be recomputed (training.recompute full), which experts that are gathered as "
                 "planned do not allow: give them homes (parallel.expert_placement fixed), or take training.recompute "

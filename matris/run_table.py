@@ -136,7 +136,7 @@ def _budget(config: TrainConfig, setup: Setup) -> str:
         atoms, edges, angles = (_count(int(n)) for n in mean * memory.available / memory.of_records(mean))
         given.append(
             f"at most {memory.available / 1e9:.3g} GB by prediction (auto), as of {atoms} atoms with {edges} edges and "
-            f"{angles} angles, the average of the training data"
+            f"{angles} angles, the average of the training data; recompute {setup.model.recompute}"
         )
     return ", ".join(given) or "a rank's whole share at once (no budget: data.max_atoms, max_edges, max_angles)"
 

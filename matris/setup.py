@@ -26,7 +26,7 @@ from matris.data.records import LABEL_NAMES
 from matris.elements import SYMBOLS
 from matris.evaluation import Portions, collate_for, evaluation_source
 from matris.exported import load_model, read_config
-from matris.model import RECOMPUTE_BYTES, MatRIS
+from matris.model import MatRIS
 from matris.precision import set_precision
 from matris.reference_fit import LabelStatistics, reference_energies, statistics_by_task
 from matris.run_data import Datasets, open_datasets
@@ -138,14 +138,16 @@ def build_setup(config: TrainConfig, mesh: Mesh) -> Setup:
     num_steps = config.training.train_iters or sampler.first_step(config.training.train_epochs or 0)
     budget = graph_budget(max_atoms=data.max_atoms, max_edges=data.max_edges, max_angles=data.max_angles)
     room = None
-    if data.budget == "auto" and config.training.compile != "none":
-        raise ValueError(
-            f"data.budget is auto and training.compile is {config.training.compile}: the memory of compiled blocks is "
-            "not predicted; give data.max_atoms, data.max_edges or data.max_angles, or compile nothing"
-        )
     if data.budget == "auto":
         fixed = config.parallel.expert_placement == "fixed"
-        room = memory_room(model, mesh, memory_gb=data.memory_gb, sizes=datasets.train.sizes, fixed=fixed)
+        room = memory_room(
+            model,
+            mesh,
+            recompute=config.training.recompute,
+            memory_gb=data.memory_gb,
+            sizes=datasets.train.sizes,
+            fixed=fixed,
+        )
     limits = RunBudget(budget, room, mesh, measured=data.memory_gb is None)
     learner = Learner(
         model,
@@ -359,9 +361,8 @@ def _build_model(config: TrainConfig, hyper: ModelConfig, statistics: dict[str, 
         model.elements, model.elements_of_task = (), dict.fromkeys(hyper.tasks, ())
     else:
         model = load_model(config.init_from, precision=precision, mesh=mesh, experts=experts)
-    recompute = config.training.recompute
-    model.recompute_bytes = {"none": None, "selective": RECOMPUTE_BYTES, "all": 0, "full": 0}[recompute]
-    model.recompute_blocks = recompute == "full"
+    if config.training.recompute != "auto":
+        model.set_recompute(config.training.recompute)
     if (wanted := config.training.compile) != "none":
         model.compile_blocks(or_plain=wanted == "try")
     of_base = dict(model.elements_of_task) if hyper.tasks else {"": model.elements}

@@ -334,7 +334,9 @@ class TrainingConfig:
         recompute: `selective` makes large results of element-wise operations (4 MiB and more) again in backward passes
             instead of keeping them, in the force pass and in the second backward pass alike: the same bits with less
             memory; `all` those of any size, `none` keeps them. `full` keeps of an interaction block only its inputs and
-            what arrives at it in each backward pass, and computes twice as many matrix products in all.
+            what arrives at it in each backward pass, and computes twice as many matrix products in all. `auto`, with
+            `data.budget` auto and `data.memory_gb`, takes the first of selective, all and full with which the largest
+            structure fits.
         seed: of the initial weights, the shuffling and the validation split.
         device: `auto` (a GPU per rank where there are GPUs), `cpu` or `cuda`.
         resume: `auto` continues from the newest valid checkpoint in `output`, `never` refuses an `output` with
@@ -356,7 +358,7 @@ class TrainingConfig:
     precision: Literal["fp32", "tf32", "bf16-mixed", "fp64"] = "fp32"
     compile_kernels: bool = False
     compile: Literal["none", "blocks", "try"] = "none"
-    recompute: Literal["none", "selective", "all", "full"] = "selective"
+    recompute: Literal["none", "selective", "all", "full", "auto"] = "selective"
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     resume: str = "auto"
@@ -500,6 +502,17 @@ class TrainConfig:
             raise ValueError(
                 "parallel.expert_fp16_wire with training.precision fp64: what travels in fp16 keeps 11 bits; leave it "
                 "out, or choose fp32"
+            )
+        if self.training.recompute == "auto" and (data.budget != "auto" or data.memory_gb is None):
+            raise ValueError(
+                f"training.recompute is auto, data.budget is {data.budget} and data.memory_gb is {data.memory_gb}: "
+                "what fits is known for data.budget auto with data.memory_gb, the GB that each rank may use; give both, "
+                "or one of the policies none, selective, all and full"
+            )
+        if data.budget == "auto" and self.training.compile != "none":
+            raise ValueError(
+                f"data.budget is auto and training.compile is {self.training.compile}: the memory of compiled blocks "
+                "is not predicted; give data.max_atoms, data.max_edges or data.max_angles, or compile nothing"
             )
         if self.init_from and self.data.energy_scale != "rms_forces":
             raise ValueError(

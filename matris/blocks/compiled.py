@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from janus.blockwise.function import Passes, Tensors
@@ -19,6 +20,7 @@ _ROWS = (
     *("edges", "edges", "edges", "angles", "angles", "atoms", "angles"),  # _constants
 )
 """What the rows of a block's inputs are."""
+_ROWS_OF_EXAMPLE = {"atoms": 7, "undirected edges": 13, "edges": 26, "angles": 41}
 
 
 class CompiledBlocks:
@@ -63,18 +65,26 @@ class CompiledBlocks:
             return block.function_on(_connectivity(graph, x, c))(x, w)
 
         if block.is_last not in self._blocks:
-            self._blocks[block.is_last] = self._made(block, graph, function, constants)
+            self._blocks[block.is_last] = self._made(block, graph, function)
         traced = self._blocks[block.is_last]
         return None if traced is None else TracedPasses(block=traced, function=function, constants=constants)
 
-    def _made(
-        self, block: InteractionBlock, graph: Connectivity, function: BlockFunction, constants: Tensors
-    ) -> TracedBlock | None:
-        """Programs, after comparison on this batch with arbitrary features."""
-        like, width = graph.pair_basis.detach(), block.config.model.hidden_size
-        numbers = [len(graph.element), len(like), len(graph.angle_center)]
-        features = [like.new_ones((rows, width)).cumsum(0).cumsum(1).sin_() for rows in numbers]
-        x, w = (*features, *(value.detach() for value in graph.measured)), block.weights.current()
+    def _made(self, block: InteractionBlock, graph: Connectivity, function: BlockFunction) -> TracedBlock | None:
+        """Programs, after a comparison on a few rows with arbitrary numbers."""
+        width, like = block.config.model.hidden_size, graph.pair_basis.detach()
+        columns = [width] * 3 + [values.shape[1] for values in graph.measured]
+        generator = torch.Generator().manual_seed(0)
+        # Positive, as envelopes are: sums of them are divided by.
+        x = tuple(
+            torch.rand(_ROWS_OF_EXAMPLE[kind], count, generator=generator).add_(0.2).to(like)
+            for kind, count in zip(_ROWS, columns, strict=False)
+        )
+        constants = tuple(
+            torch.arange(_ROWS_OF_EXAMPLE[kind], dtype=values.dtype, device=values.device)
+            % min(_ROWS_OF_EXAMPLE.values())
+            for kind, values in zip(_ROWS[len(x) :], _constants(graph), strict=True)
+        )
+        w = block.weights.current()
         try:
             traced = trace_block(function, x, w, constants, rows=_ROWS)
             made = traced.compiled() if self._compiled else traced

@@ -142,3 +142,29 @@ def test_a_resumed_run_keeps_its_limit_though_other_memory_is_free(
     assert checkpoint(folder / "other bytes", 2)[1]["batches"]["budget"]["available"] > 5.0 * chosen["available"]
     assert "as at the start" not in go_on(folder / "told", 2, 0.9 * free, memory_gb=0.9 * free / 1e9)
     assert checkpoint(folder / "told", 2)[1]["batches"] is None
+
+
+def test_the_least_recomputation_with_which_the_largest_structure_fits(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def least(policy: str) -> float:
+        """GB with which the largest structure just fits."""
+        setup = build_setup(replace(config(folder, 10.0), training=replace(given.training, recompute=policy)), Mesh())
+        room = setup.portions.budget.memory
+        assert room is not None
+        return 10.0 - (room.available - float(room.of_records(setup.datasets.train.sizes).max())) / 0.9e9
+
+    def chosen(memory_gb: float) -> str:
+        auto = replace(config(folder, memory_gb), training=replace(given.training, recompute="auto"))
+        setup = build_setup(auto, Mesh())
+        assert setup.model.recompute_blocks == (setup.model.recompute == "full")
+        assert micro_batches(setup)
+        return setup.model.recompute
+
+    given = config(folder, 2.0)
+    for policy in ("selective", "all", "full"):
+        assert chosen(least(policy) + 1e-6) == policy  # 1 kB more
+    assert run_training(replace(given, training=replace(given.training, recompute="auto"), dry_run=True)) == 0
+    assert "; recompute selective" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"data.memory_gb is None: what fits is known for data.budget auto with"):
+        replace(config(folder, None), training=replace(given.training, recompute="auto"))
