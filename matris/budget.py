@@ -15,7 +15,7 @@ from janus.data.packing import Budget, MemoryLimit
 from janus.mesh import Mesh
 from janus.sharding.memory import weight_memory
 from matris.config import Precision
-from matris.memory import unit_bytes
+from matris.memory import UnitBytes, unit_bytes
 from matris.model import MatRIS
 
 USED = 0.9
@@ -121,18 +121,12 @@ def memory_room(
     of_rank = -reduce_max(-own, mesh)
     together = 1.0 if mesh.graph.size == 1 else _SHARED * mesh.graph.size
     policies = ("selective", "all", "full")[: 3 if model.can_recompute_blocks else 2]
-    for policy in policies if recompute == "auto" else (recompute,):
-        model.set_recompute(policy)
-        unit = unit_bytes(
-            model.hyper,
-            recompute_bytes=model.recompute_bytes,
-            recompute_blocks=model.recompute_blocks,
-            itemsize=8 if model.precision is Precision.fp64 else 4,
-        )
-        available = USED * of_rank - needed - unit.constant
-        largest = float((sizes @ np.array(unit.per_unit)).max())
-        if largest <= together * available:
-            break
+    found = [_needs(model, policy, sizes) for policy in (policies if recompute == "auto" else (recompute,))]
+    room = [together * (USED * of_rank - needed - needs.unit.constant) - needs.largest for needs in found]
+    chosen = next((needs for needs, left in zip(found, room, strict=True) if left >= 0.0), found[int(np.argmax(room))])
+    model.set_recompute(chosen.policy)
+    unit, largest = chosen.unit, chosen.largest
+    available = USED * of_rank - needed - unit.constant
     if available <= 0.0:
         raise ValueError(
             f"data.budget is auto: of {of_rank / 1e9:.3g} GB on each rank nothing is left for micro-batches beside "
@@ -141,14 +135,35 @@ def memory_room(
             "more ranks (parallel.fully_sharded_size), or give more memory"
         )
     ranks = max(2, math.ceil(largest / (_SHARED * available)))
+    keep_less = "" if chosen.policy == "full" else "keep less (training.recompute full), or "
     advice = (
         f"let ranks share structures: parallel.context_parallel_size {ranks} is enough for the largest of the training "
-        f"data; or {'' if policy == 'full' else 'keep less (training.recompute full), or '}leave these records out"
+        f"data; or {keep_less}leave these records out"
     )
     return MemoryRoom(
         limit=MemoryLimit(available=together * available, per_unit=unit.per_unit, advice=advice),
         most=together * (_USED_LATER * of_rank - needed - unit.constant),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Needs:
+    """Bytes of micro-batches under a policy of recomputation, and of the largest structure alone."""
+
+    policy: str
+    unit: UnitBytes
+    largest: float
+
+
+def _needs(model: MatRIS, policy: str, sizes: np.ndarray) -> _Needs:
+    model.set_recompute(policy)
+    unit = unit_bytes(
+        model.hyper,
+        recompute_bytes=model.recompute_bytes,
+        recompute_blocks=model.recompute_blocks,
+        itemsize=8 if model.precision is Precision.fp64 else 4,
+    )
+    return _Needs(policy=policy, unit=unit, largest=float((sizes @ np.array(unit.per_unit)).max()))
 
 
 def _free_bytes(device: torch.device) -> float:

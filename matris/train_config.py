@@ -506,8 +506,8 @@ class TrainConfig:
         if self.training.recompute == "auto" and (data.budget != "auto" or data.memory_gb is None):
             raise ValueError(
                 f"training.recompute is auto, data.budget is {data.budget} and data.memory_gb is {data.memory_gb}: "
-                "what fits is known for data.budget auto with data.memory_gb, the GB that each rank may use; give both, "
-                "or one of the policies none, selective, all and full"
+                "what fits is known for data.budget auto with data.memory_gb, the GB that each rank may use; give "
+                "both, or one of the policies none, selective, all and full"
             )
         if data.budget == "auto" and self.training.compile != "none":
             raise ValueError(

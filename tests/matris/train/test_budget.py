@@ -147,16 +147,21 @@ def test_a_resumed_run_keeps_its_limit_though_other_memory_is_free(
 def test_the_least_recomputation_with_which_the_largest_structure_fits(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    def built(memory_gb: float, policy: str) -> Setup:
+        of_run = config(folder, memory_gb)
+        assert of_run.model is not None
+        deep = replace(of_run.model, num_layers=6)  # in a shallow model whole blocks are most of what there is
+        return build_setup(replace(of_run, model=deep, training=replace(of_run.training, recompute=policy)), Mesh())
+
     def least(policy: str) -> float:
         """GB with which the largest structure just fits."""
-        setup = build_setup(replace(config(folder, 10.0), training=replace(given.training, recompute=policy)), Mesh())
+        setup = built(10.0, policy)
         room = setup.portions.budget.memory
         assert room is not None
         return 10.0 - (room.available - float(room.of_records(setup.datasets.train.sizes).max())) / 0.9e9
 
     def chosen(memory_gb: float) -> str:
-        auto = replace(config(folder, memory_gb), training=replace(given.training, recompute="auto"))
-        setup = build_setup(auto, Mesh())
+        setup = built(memory_gb, "auto")
         assert setup.model.recompute_blocks == (setup.model.recompute == "full")
         assert micro_batches(setup)
         return setup.model.recompute
