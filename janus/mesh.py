@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from janus.comm.ledger import Ledger
 from janus.comm.watch import LostRanksError, Watch, is_of_a_collective
+from janus.grid import Grid
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -247,7 +248,7 @@ def open_mesh(
     launch = launch or read_launch()
     adopted = dist.is_available() and dist.is_initialized()
     world_size = dist.get_world_size() if adopted else launch.world_size
-    layout = _Layout.of(world_size, shard=shard, graph=graph, tensor=tensor, expert=expert, pipeline=pipeline)
+    layout = Grid.of(world_size, shard=shard, graph=graph, tensor=tensor, expert=expert, pipeline=pipeline)
     place = pick_device(device, launch.local_rank, bound=launch.launcher == "Slurm")
     if place.type == "cuda":
         torch.cuda.set_device(place)
@@ -320,38 +321,6 @@ def join_ranks(
     finally:
         if not (lost and place.type == "cuda"):  # NCCL would wait for the lost rank
             dist.destroy_process_group()
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Layout:
-    """Sizes of the axes; they multiply to the number of ranks."""
-
-    data: int
-    shard: int
-    graph: int
-    tensor: int
-    expert: int
-
-    @staticmethod
-    def of(world_size: int, *, shard: int, graph: int, tensor: int, expert: int, pipeline: int) -> _Layout:
-        """The layout of so many ranks, or a ValueError that says what would fit."""
-        for axis, size in (("shard", shard), ("graph", graph), ("tensor", tensor), ("expert", expert)):
-            if size < 1:
-                raise ValueError(f"parallel size of the {axis} axis is {size}: it must be at least 1")
-        if pipeline != 1:
-            raise ValueError(f"parallel size of the pipeline axis is {pipeline}: only 1 is supported by this version")
-        inner = shard * graph * tensor
-        if world_size % inner:
-            raise ValueError(
-                f"{world_size} ranks do not divide into shard {shard} x graph {graph} x tensor {tensor} = {inner} "
-                f"ranks per replica: start a multiple of {inner} ranks, or choose smaller sizes"
-            )
-        if world_size % (expert * tensor):
-            raise ValueError(
-                f"{world_size} ranks do not divide into expert {expert} x tensor {tensor} = {expert * tensor} ranks "
-                f"that share the experts: start a multiple of {expert * tensor} ranks, or choose a smaller expert size"
-            )
-        return _Layout(data=world_size // inner, shard=shard, graph=graph, tensor=tensor, expert=expert)
 
 
 def _ignore_termination() -> None:
@@ -453,7 +422,7 @@ def _main_rank_failed() -> bool:
     return True
 
 
-def _set_parallel_state(layout: _Layout) -> bool:
+def _set_parallel_state(layout: Grid) -> bool:
     """Makes Megatron's groups, or checks those that exist. Returns whether they were made here."""
     from megatron.core import parallel_state
 
@@ -480,7 +449,7 @@ def _set_parallel_state(layout: _Layout) -> bool:
     return False
 
 
-def _mesh_of_state(layout: _Layout, local_rank: int, device: torch.device, watch: Watch, ledger: Ledger) -> Mesh:
+def _mesh_of_state(layout: Grid, local_rank: int, device: torch.device, watch: Watch, ledger: Ledger) -> Mesh:
     """The mesh over Megatron's groups, and over those that the shard axis needs besides (made here, by all ranks)."""
     from megatron.core import parallel_state
 
@@ -528,7 +497,7 @@ def _mesh_of_state(layout: _Layout, local_rank: int, device: torch.device, watch
     )
 
 
-def _outer_group(layout: _Layout, replicas: Axis, graph: Axis) -> ProcessGroup | None:
+def _outer_group(layout: Grid, replicas: Axis, graph: Axis) -> ProcessGroup | None:
     """Group of the axes data and graph together, where Megatron has made it."""
     if layout.shard == 1:
         return replicas.group

@@ -20,7 +20,14 @@ SOURCES = sorted(path for package in ("janus", "matris") for path in (ROOT / pac
 # levels, or stay inside one folder; matris may import anything of janus.
 LEVELS = {
     "janus": (
-        ("janus.name_clash", "janus.file_errors", "janus.comm.ledger", "janus.comm.watch"),
+        (
+            "janus.name_clash",
+            "janus.file_errors",
+            "janus.grid",
+            "janus.machine",
+            "janus.comm.ledger",
+            "janus.comm.watch",
+        ),
         ("janus", "janus.mesh", "janus.ops"),
         (
             "janus.blockwise",
@@ -48,7 +55,7 @@ LEVELS = {
             "matris.basis",
             "matris.plots",
         ),
-        ("matris.data", "matris.blocks", "matris.layouts", "matris.memory"),
+        ("matris.data", "matris.blocks", "matris.layouts", "matris.memory", "matris.traffic"),
         ("matris.reference_fit", "matris.readout", "matris.run_data"),
         ("matris.model",),
         ("matris.exported", "matris.loss", "matris.metrics"),

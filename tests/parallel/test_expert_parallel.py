@@ -17,8 +17,10 @@ from torch import Tensor
 
 from janus.checkpoint import read_directory
 from janus.comm.collectives import gather_objects
+from janus.comm.traffic import PlainAxis, Traffic
 from janus.expert_parallel.dispatcher import PlannedTokenDispatcher
 from janus.expert_parallel.plan import ExpertPlan, expert_load, fixed_plan, plan_experts
+from janus.expert_parallel.traffic import SiteLoad, expert_traffic, token_traffic
 from janus.mesh import Launch, Mesh
 from janus.sharding import weight_memory
 from janus.training.step import train_step
@@ -176,7 +178,7 @@ def step_of(mesh: Mesh, config: TrainConfig) -> dict[str, Any]:
     setup.learner.zero_gradients()
     mesh.ledger.clear()
     train_step(task, batch, totals, learner=setup.learner, mesh=mesh)
-    found["calls"], found["bytes"] = dict(mesh.ledger.calls), dict(mesh.ledger.bytes)
+    found |= {name: dict(getattr(mesh.ledger, name)) for name in ("calls", "bytes", "wire_bytes")}
     found["sites"] = [
         (site.plan, site.token_bytes, site.expert_bytes, site.axis.rank) for site in setup.model.expert_sites()
     ]
@@ -207,21 +209,16 @@ def step_of(mesh: Mesh, config: TrainConfig) -> dict[str, Any]:
     return found
 
 
-def exchanged(found: dict[str, Any], *, keep: bool, homes: bool) -> tuple[int, int]:
-    """Calls and payload bytes of the all-to-alls of a step, from its plans."""
-    calls = num_bytes = 0
+def exchanged(found: dict[str, Any], *, keep: bool, homes: bool) -> Traffic:
+    """The all-to-alls of a step, from its plans."""
+    traffic = Traffic()
     for plan, token_bytes, expert_bytes, rank in found["sites"]:
-        sent, come = int(plan.tokens[rank].sum()), int((plan.kept + plan.taken)[rank].sum())
-        # Out, back and their adjoints, once in the first two passes and twice in the second backward; kinds once.
-        calls += 9
-        num_bytes += 2 * (sent + come) * token_bytes + sent
-        if homes:
-            continue
-        held = np.maximum((plan.slots >= 0).sum(axis=1), 1)
-        piece = expert_bytes // len(plan.slots)
-        calls += 2 if keep else 4  # gathers, and one sum of gradients
-        num_bytes += (1 if keep else 3) * int(held.sum()) * piece + len(held) * int(held[rank]) * piece
-    return calls, num_bytes
+        axis, load = PlainAxis(name="expert", size=len(plan.slots)), SiteLoad.of(plan, rank)
+        traffic.add(token_traffic(load, axis, token_bytes=token_bytes))
+        if not homes:
+            policy = "keep" if keep else "regather"
+            traffic.add(expert_traffic(load, axis, expert_bytes=expert_bytes, policy=policy))
+    return traffic
 
 
 @pytest.mark.parametrize(
@@ -238,9 +235,9 @@ def test_traffic_and_memory_of_a_step(folder: Path, layout: str, sizes: dict[str
     keep, homes = "keep" in layout, "home" in layout
     for found in run_ranks(2, step_of, config, layout=sizes):
         assert found["pieces"] == 1
-        calls, num_bytes = exchanged(found, keep=keep, homes=homes)
-        assert found["calls"]["expert/all_to_all"] == calls
-        assert found["bytes"]["expert/all_to_all"] == num_bytes
+        traffic = exchanged(found, keep=keep, homes=homes)
+        for name in ("calls", "bytes", "wire_bytes"):
+            assert found[name]["expert/all_to_all"] == getattr(traffic, name)["expert/all_to_all"], name
         assert found["calls"]["expert/all_gather"] == 1
         assert found["bytes"]["expert/all_gather"] == 2 * 94 * 8  # tokens of edges and atoms by element
         assert found["idle"]
