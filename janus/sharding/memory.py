@@ -31,6 +31,67 @@ class WeightMemory:
     gathered_experts: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class WeightSizes:
+    """Bytes of weights on one tensor rank, by what the ranks share.
+
+    Attributes:
+        everywhere: trainable ones that all ranks have; frozen: likewise, not trained.
+        units: of each module that the shard axis shares; none without that axis.
+        experts: of all experts of each site, if an expert axis shares them; num_experts: how many a site has.
+    """
+
+    everywhere: int
+    frozen: int
+    units: tuple[int, ...]
+    experts: tuple[int, ...]
+    num_experts: tuple[int, ...]
+
+    @staticmethod
+    def of(
+        model: nn.Module, units: Sequence[nn.Module], *, tensor: int, experts: Sequence[nn.Module] = ()
+    ) -> WeightSizes:
+        """Of a model on one rank without a mesh; it may be on the meta device.
+
+        Args:
+            units, experts: modules as for `Weights`, and none where no such axis is; all of their weights count as
+                trainable.
+            tensor: size of the axis.
+        """
+
+        def on_a_rank(parameter: nn.Parameter) -> int:
+            return parameter.numel() * parameter.element_size() // (1 if split_of(parameter) is None else tensor)
+
+        apart = {parameter for module in experts for parameter in module.parameters()}  # with their routers
+        shared = [{p for p in unit.parameters() if p not in apart} for unit in units]
+        owned = [set(module.parameters(recurse=False)) for module in experts]
+        outside = set(model.parameters()).difference(*shared, *owned)
+        return WeightSizes(
+            everywhere=sum(on_a_rank(parameter) for parameter in outside if parameter.requires_grad),
+            frozen=sum(on_a_rank(parameter) for parameter in outside if not parameter.requires_grad),
+            units=tuple(sum(map(on_a_rank, parameters)) for parameters in shared),
+            experts=tuple(sum(map(on_a_rank, parameters)) for parameters in owned),
+            # The weights of all experts of a site lie in one parameter, an expert to a row.
+            num_experts=tuple(next(iter(parameters)).shape[0] for parameters in owned),
+        )
+
+    def memory(self, *, shards: int, expert_ranks: int, at_home: bool) -> WeightMemory:
+        """Of one rank of axes of these sizes."""
+        planned = [
+            size // count * -(-count // expert_ranks)
+            for size, count in zip(self.experts, self.num_experts, strict=True)
+            if not at_home
+        ]
+        return WeightMemory(
+            held=COPIES * self.everywhere
+            + self.frozen
+            + sum(COPIES * -(-size // shards) for size in self.units)
+            + sum(COPIES * -(-size // expert_ranks) for size in self.experts),
+            gathered=2 * sum(self.units) + max(self.units, default=0),
+            gathered_experts=2 * sum(planned) + max(planned, default=0),
+        )
+
+
 def weight_memory(
     model: nn.Module,
     units: Sequence[nn.Module],
@@ -48,28 +109,7 @@ def weight_memory(
         shards, tensor, expert_ranks: sizes of the axes.
         at_home: whether whole experts are on home ranks.
     """
-    experts = experts if expert_ranks > 1 else ()
-
-    def on_a_rank(parameter: nn.Parameter) -> int:
-        return parameter.numel() * parameter.element_size() // (1 if split_of(parameter) is None else tensor)
-
-    apart = {parameter for module in experts for parameter in module.parameters()}  # with their routers
-    shared = [{p for p in unit.parameters() if p not in apart} for unit in units] if shards > 1 else []
-    owned = [set(module.parameters(recurse=False)) for module in experts]
-    outside = set(model.parameters()).difference(*shared, *owned)
-    sizes = [sum(map(on_a_rank, parameters)) for parameters in shared]
-    of_experts = [sum(map(on_a_rank, parameters)) for parameters in owned]
-    # The weights of all experts of a site lie in one parameter, an expert to a row.
-    experts_of = [next(iter(parameters)).shape[0] for parameters in owned]
-    planned = [
-        size // count * -(-count // expert_ranks)
-        for size, count in zip(of_experts, experts_of, strict=True)
-        if not at_home
-    ]
-    return WeightMemory(
-        held=sum((COPIES if parameter.requires_grad else 1) * on_a_rank(parameter) for parameter in outside)
-        + sum(COPIES * -(-size // shards) for size in sizes)
-        + sum(COPIES * -(-size // expert_ranks) for size in of_experts),
-        gathered=2 * sum(sizes) + max(sizes, default=0),
-        gathered_experts=2 * sum(planned) + max(planned, default=0),
+    sizes = WeightSizes.of(
+        model, units if shards > 1 else (), tensor=tensor, experts=experts if expert_ranks > 1 else ()
     )
+    return sizes.memory(shards=shards, expert_ranks=expert_ranks, at_home=at_home)

@@ -24,6 +24,12 @@ class UnitSize:
     num_bytes: int
     in_force_pass: bool = True
 
+    @staticmethod
+    def of(num_bytes: int, shards: int, *, itemsize: int, in_force_pass: bool) -> UnitSize:
+        """Of weights of so many bytes in all, before they are padded."""
+        held = -(-num_bytes // (itemsize * shards))
+        return UnitSize(num_bytes=itemsize * shards * held, in_force_pass=in_force_pass)
+
 
 @dataclass(frozen=True, kw_only=True)
 class WeightAxes:

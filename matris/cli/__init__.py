@@ -17,6 +17,7 @@ from janus import __version__
 VERBS = {
     "prepare": ("matris.cli.prepare", "structures and labels from any file into an HDF5 store"),
     "doctor": ("matris.cli.doctor", "look for what is wrong with a data set; suggest batch budgets"),
+    "plan": ("matris.cli.plan", "memory, traffic and time of a layout of ranks, predicted; find the best one"),
     "train": ("matris.cli.train", "train or fine-tune a model"),
     "verify": ("matris.cli.verify", "whether layouts of ranks give the numbers of one process, on this machine"),
     "eval": ("matris.cli.evaluate", "errors of a model on labelled structures"),

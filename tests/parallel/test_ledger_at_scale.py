@@ -23,6 +23,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from janus.comm.traffic import Traffic
 from janus.mesh import Mesh, open_mesh
 from janus.optim import AdamWConfig, Schedule
+from janus.sharding.memory import WeightSizes
 from janus.sharding.traffic import UnitSize, WeightAxes, weight_traffic
 from janus.training.learner import Learner
 from janus.training.step import accumulate_gradients
@@ -62,19 +63,17 @@ FP32 = 4
 MICRO_BATCHES = 2
 
 
-def of_weights(learner: Learner, mesh: Mesh, policy: str) -> Traffic:
-    """Of the weights and their gradients, over all micro-batches of a step."""
-    passes = learner.weights.passes
-    units = () if passes is None else passes.units
-    sharded = {name for unit in units for name in unit.pieces}
+def of_weights(hyper: ModelConfig, mesh: Mesh, policy: str) -> Traffic:
+    """Of the weights and their gradients, over all micro-batches of a step, from the shapes of the whole model."""
+    with torch.device("meta"):
+        whole = MatRIS(hyper)
+    modules = whole.sharding_units() if mesh.shard.size > 1 else ()
+    sizes = WeightSizes.of(whole, modules, tensor=mesh.tensor.size)
     return weight_traffic(
         [
             # The atoms' embedding does not depend on the positions: the force pass does not see it.
-            UnitSize(
-                num_bytes=FP32 * unit.num_held() * unit.axis.size,
-                in_force_pass=unit.module is not learner.model.atom_embedding,
-            )
-            for unit in units
+            UnitSize.of(size, mesh.shard.size, itemsize=FP32, in_force_pass=module is not whole.atom_embedding)
+            for module, size in zip(modules, sizes.units, strict=True)
         ],
         WeightAxes(
             shard=mesh.shard,
@@ -84,7 +83,7 @@ def of_weights(learner: Learner, mesh: Mesh, policy: str) -> Traffic:
             expert=mesh.expert,
             expert_replicas=mesh.expert_replicas,
         ),
-        whole_bytes=sum(piece.nbytes for name, piece in learner.parameters.items() if name not in sharded),
+        whole_bytes=sizes.everywhere,
         policy=policy,  # type: ignore[arg-type]
         micro_batches=MICRO_BATCHES,
     )
@@ -156,7 +155,7 @@ def measured(mesh: Mesh, hyper: ModelConfig, policy: str, start: float) -> Measu
     learner.clip()
     ledger = mesh.ledger
     found = Traffic(calls=ledger.calls, bytes=ledger.bytes, wire_bytes=ledger.wire_bytes)
-    expected = of_weights(learner, mesh, policy)
+    expected = of_weights(hyper, mesh, policy)
     of_batch = feature_traffic(hyper, RankRows.of(batch.graph), graph=mesh.graph, tensor=mesh.tensor)
     expected.add(of_batch, MICRO_BATCHES)
     return Measured(found=found, expected=expected, seconds=(opened - start, time.monotonic() - opened))
