@@ -32,7 +32,7 @@ from janus.data.loader import StepLoader
 from janus.data.packing import plan_micro_batches
 from janus.data.sampler import Sampler
 from janus.mesh import Mesh, open_mesh
-from janus.ops.fused import compile_kernels
+from janus.ops.fused import use_kernels
 from janus.sharding.logical import EXPERT_ATTRIBUTE, split_of, whole_of
 from matris.blocks.module import MatRISConfig
 from matris.calibration import formula_cost
@@ -285,7 +285,7 @@ class Job:
                 watched=False,
             )
         )
-        compile_kernels(settings.training.compile_kernels, self._mesh.device)
+        use_kernels(settings.training.kernels, self._mesh.device)
         self._subject = build_subject(settings, self._mesh)
         model = self._subject.task.model
         own = {entry.name: getattr(model.config, entry.name) for entry in fields(MatRISConfig)}

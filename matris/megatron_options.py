@@ -27,7 +27,7 @@ _OPTIONS = {
     "model": tuple(entry.name for entry in fields(ModelConfig) if entry.name not in TASK_FIELDS),
     "loss": tuple(entry.name for entry in fields(LossConfig)),
     # Megatron's seed must not be 0, and is that of generators which nothing here draws from.
-    "training": ("precision", "compile_kernels", "recompute", "seed"),
+    "training": ("precision", "kernels", "recompute", "seed"),
     "parallel": ("graph_partitioner", "expert_fp16_wire"),
 }
 """Settings of ours for which Megatron has no option."""

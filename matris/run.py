@@ -20,7 +20,7 @@ from janus.checkpoint import CheckpointError, verify_directory
 from janus.comm.collectives import on_main_rank, reduce_max
 from janus.file_errors import naming
 from janus.mesh import Axis, Mesh, open_mesh
-from janus.ops.fused import compile_kernels
+from janus.ops.fused import use_kernels
 from janus.telemetry import find_peak, require_wandb
 from janus.telemetry.peak import Format
 from janus.training.memory import keep_freed_memory
@@ -70,7 +70,7 @@ def run_training(config: TrainConfig) -> int:
         pipeline=parallel.pipeline_model_parallel_size,
         timeout_minutes=parallel.distributed_timeout_minutes,
     ) as mesh:
-        compile_kernels(config.training.compile_kernels, mesh.device)
+        use_kernels(config.training.kernels, mesh.device)
         output = Path(config.training.output)
         if not config.dry_run:
             on_main_rank(lambda: _check_output(output, config.training.wandb_project), mesh)

@@ -33,7 +33,7 @@ def run_table(config: TrainConfig, setup: Setup, mesh: Mesh) -> str:
     ]
     if missing:
         rows.append(("no labels", f"{', '.join(missing)}: the weight in the loss has nothing to act on"))
-    compiled = ", compiled kernels" if training.compile_kernels else ""
+    compiled = "" if training.kernels == "torch" else f", {training.kernels} kernels"
     compiled += ", compiled blocks" if training.compile != "none" else ""
     ignored = [name for name in ("charge", "spin") if not hyper.tasks and _differs(setup, name)]
     if ignored:

@@ -324,8 +324,11 @@ class TrainingConfig:
             writes.
         precision: `fp32`; `tf32` (CUDA only) and `bf16-mixed` form matrix products in that format, geometry, reductions
             and loss stay in at least fp32; `fp64`.
-        compile_kernels: compile chains of element-wise operations with torch.compile, which takes up to a minute at the
-            start of a run and saves about a tenth of a step; needs a C++ compiler (CPU) or Triton (CUDA).
+        kernels: for chains of element-wise operations, norms and sums over edges. `torch` runs operation by operation;
+            `compiled` fuses the chains with torch.compile, which takes up to a minute at the start of a run and saves
+            about a tenth of a step, and needs a C++ compiler (CPU) or Triton (CUDA); `triton` takes kernels of our own,
+            for GPUs only, which were tested through Triton's interpreter, not on a GPU. Each kernel is compared with
+            torch at its first call; a difference stops the run.
         compile: `blocks` compiles all passes of an interaction block, from forward to second backward, into a few
             kernels with torch's inductor: less memory and fewer operations, for some minutes at the first start (later
             ones find kernels on disk), once for all sizes of batches. They are compared with the plain block before
@@ -356,7 +359,7 @@ class TrainingConfig:
     keep_every: int = 0
     async_save: bool = True
     precision: Literal["fp32", "tf32", "bf16-mixed", "fp64"] = "fp32"
-    compile_kernels: bool = False
+    kernels: Literal["torch", "compiled", "triton"] = "torch"
     compile: Literal["none", "blocks", "try"] = "none"
     recompute: Literal["none", "selective", "all", "full", "auto"] = "selective"
     seed: int = 0
@@ -384,7 +387,7 @@ class TrainingConfig:
     def _check_compile(self) -> None:
         for name, value, fitting, reason in (
             ("recompute", self.recompute, self.recompute != "full", "its programs decide what is kept; take selective"),
-            ("compile_kernels", self.compile_kernels, not self.compile_kernels, "it has all kernels; leave it away"),
+            ("kernels", self.kernels, self.kernels == "torch", "it has all kernels; take torch"),
         ):
             if not fitting:
                 raise ValueError(

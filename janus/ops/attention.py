@@ -114,7 +114,7 @@ def _gradients(logits, message, envelope, *grads, cap) -> tuple[Tensor, ...]:
     return map_rows(partial(_first_derivative, cap=cap), _present(logits, message, *grads, envelope))
 
 
-@fusable
+@fusable("attention.value")
 def _value(logits, message, u=None, *, cap) -> tuple[Tensor, ...]:
     terms: list[Tensor] = []
     for of_node in logits.split(message.shape[1], dim=1):
@@ -124,7 +124,7 @@ def _value(logits, message, u=None, *, cap) -> tuple[Tensor, ...]:
     return tuple(terms)
 
 
-@fusable
+@fusable("attention.first_derivative")
 def _first_derivative(logits, message, *rows, cap) -> tuple[Tensor, ...]:
     """`rows` are the gradients of weight and value for each node, and the envelope if there is one."""
     parts = logits.split(message.shape[1], dim=1)
@@ -144,7 +144,7 @@ def _first_derivative(logits, message, *rows, cap) -> tuple[Tensor, ...]:
     return torch.cat(of_logits, dim=1), _sum(of_message), *((_sum(of_envelope),) if of_envelope else ())
 
 
-@fusable
+@fusable("attention.second_derivative")
 def _second_derivative(logits, message, *rows, cap) -> tuple[Tensor, ...]:
     """`rows` are the gradients as before, their cotangents v_s and v_m, and the envelope and v_u if there are any.
 

@@ -1,98 +1,147 @@
-"""Chains of row-wise operations that torch.compile may turn into one kernel each."""
+"""Functions of rows that may run as one kernel each: of torch.compile, or written in Triton."""
 
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
+
+Kernels: TypeAlias = Literal["torch", "compiled", "triton"]
+"""How `fusable` functions run: as torch's operations one after the other, compiled by torch.compile, or in Triton."""
 
 _VARIANTS = 64
 """More than the kinds of calls a run makes."""
 
 
-class _Kernels:
-    """Whether chains are compiled: one choice per process, like torch's own number formats of products."""
+class _Chosen:
+    """One choice per process, like torch's own number formats of products."""
 
-    compiled = False
+    kernels: Kernels = "torch"
 
 
-def compile_kernels(enabled: bool, device: torch.device) -> None:
-    """Whether `fusable` functions are compiled from now on, each at its first call, which takes seconds.
+def use_kernels(kernels: Kernels, device: torch.device) -> None:
+    """How `fusable` functions run from now on. What is compiled is so at its first call, which takes seconds.
 
     Raises:
-        ValueError: torch finds no compiler for this device.
+        ValueError: this device cannot run them, or a compiler is missing.
     """
-    if enabled and device.type == "cpu":
-        from torch._inductor.cpp_builder import get_cpp_compiler
-        from torch._inductor.exc import InvalidCxxCompiler
-
-        try:
-            get_cpp_compiler()
-        except InvalidCxxCompiler as error:
-            raise ValueError(
-                f"compiled kernels need a C++ compiler on CPU, and torch found none ({error}): install g++, name one "
-                "in the variable CXX, or leave kernels uncompiled"
-            ) from None
-    if enabled and device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        raise ValueError("compiled kernels need the package triton on CUDA: install it, or leave kernels uncompiled")
-    _Kernels.compiled = enabled
-    if enabled:
+    if kernels == "compiled":
+        _check_compiler(device)
         import torch._dynamo
 
         # Options, number formats and memory layouts make variants; torch by default allows a function only 8.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
+    if kernels == "triton":
+        _check_triton(device)
+    _Chosen.kernels = kernels
 
 
-def kernels_are_compiled() -> bool:
-    """Whether `fusable` functions are compiled."""
-    return _Kernels.compiled
+def kernels_in_use() -> Kernels:
+    """How `fusable` functions run."""
+    return _Chosen.kernels
 
 
-def fusable(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+def _check_compiler(device: torch.device) -> None:
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        raise ValueError("compiled kernels need the package triton on CUDA: install it, or choose the kernels of torch")
+    if device.type != "cpu":
+        return
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise ValueError(
+            f"compiled kernels need a C++ compiler on CPU, and torch found none ({error}): install g++, name one "
+            "in the variable CXX, or choose the kernels of torch"
+        ) from None
+
+
+def _check_triton(device: torch.device) -> None:
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError("Triton kernels need the package triton: install it, or choose the kernels of torch")
+    import triton
+
+    if device.type != "cuda" and not triton.knobs.runtime.interpret:
+        raise ValueError(
+            f"Triton kernels run on GPUs (CUDA, ROCm), and the device is {device.type}: choose the kernels torch or "
+            "compiled; to test them without a GPU, set TRITON_INTERPRET=1 before the start (very slow)"
+        )
+
+
+def fusable(
+    kernel: str, *, compiled: bool = True
+) -> Callable[[Callable[..., tuple[Tensor, ...]]], Callable[..., tuple[Tensor, ...]]]:
     """For functions of tensors of equal first dimension, the number of rows, beside tensors that have no rows.
 
-    A compiled function serves every number of rows. Each of its variants (number formats, options, which tensors are
+    A kernel serves every number of rows. Each of its variants (number formats, widths, options, which tensors are
     absent) is compared with the plain function at its first call.
+
+    Args:
+        kernel: `module.function` of `janus.ops.triton` with the same arguments and results.
+        compiled: whether torch.compile gains anything; if not, the plain function stands for the compiled one.
 
     Raises:
         RuntimeError: by the decorated function, where both differ by more than rounding.
     """
-    checked: set[Any] = set()
 
-    @functools.cache
-    def compiled() -> Callable[..., tuple[Tensor, ...]]:
-        return torch.compile(function, fullgraph=True)
+    def decorate(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+        checked: set[Any] = set()
 
-    @functools.wraps(function)
-    def call(*tensors: Any, **options: Any) -> tuple[Tensor, ...]:
-        if not _Kernels.compiled or len(tensors[0]) < 2:  # torch would compile for no row and for one row apart
-            return function(*tensors, **options)
-        # Nothing is recorded here, and one kernel serves tensors that need a gradient and such that do not.
-        tensors = tuple(tensor if tensor is None else tensor.detach() for tensor in tensors)
-        for tensor in tensors:
-            if tensor is not None and len(tensor) == len(tensors[0]):
-                torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        found = compiled()(*tensors, **options)
-        variant = (*(tensor if tensor is None else tensor.dtype for tensor in tensors), *sorted(options.items()))
-        if variant not in checked:
-            _check(function.__qualname__, found, function(*tensors, **options))
-            checked.add(variant)
-        return found
+        @functools.cache
+        def by_triton() -> Callable[..., tuple[Tensor, ...]]:
+            module, name = kernel.split(".")
+            return getattr(importlib.import_module(f"janus.ops.triton.{module}"), name)
 
-    return call
+        @functools.cache
+        def by_compiler() -> Callable[..., tuple[Tensor, ...]]:
+            return torch.compile(function, fullgraph=True)
+
+        @functools.wraps(function)
+        def call(*tensors: Any, **options: Any) -> tuple[Tensor, ...]:
+            chosen = _Chosen.kernels
+            if chosen == "torch" or (chosen == "compiled" and not compiled):
+                return function(*tensors, **options)
+            num_rows = len(tensors[0])
+            if num_rows < (2 if chosen == "compiled" else 1):  # torch would compile for no row and for one row apart
+                return function(*tensors, **options)
+            # Nothing is recorded here, and one kernel serves tensors that need a gradient and such that do not.
+            tensors = tuple(value.detach() if isinstance(value, Tensor) else value for value in tensors)
+            if chosen == "compiled":
+                for tensor in tensors:
+                    if tensor is not None and len(tensor) == num_rows:
+                        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+            found = (by_triton if chosen == "triton" else by_compiler)()(*tensors, **options)
+            variant = (chosen, *map(_kind, tensors), *sorted(options.items()))
+            if variant not in checked and found[0].numel():
+                _check(chosen, function.__qualname__, found, function(*tensors, **options))
+                checked.add(variant)
+            return found
+
+        return call
+
+    return decorate
 
 
-def _check(name: str, found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+def _kind(value: Any) -> Any:
+    return (value.dtype, value.shape[1:]) if isinstance(value, Tensor) else type(value)
+
+
+def _check(kernels: Kernels, name: str, found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
     for index, (ours, plain) in enumerate(zip(found, expected, strict=True)):
-        allowed = torch.finfo(plain.dtype).eps ** 0.5 * plain.abs().max() if plain.numel() else 0.0
-        difference = (ours - plain).abs().max() if plain.numel() else 0.0
-        if difference > allowed:
+        if not plain.numel():
+            continue
+        relative = torch.finfo(plain.dtype).eps ** 0.5 if plain.dtype.is_floating_point else 0.0
+        allowed, difference = relative * plain.abs().max(), (ours - plain).abs().max()
+        if not difference <= allowed:
             raise RuntimeError(
-                f"the compiled {name} differs from the plain one by {difference:.1e} in result {index}, where rounding "
-                f"explains {allowed:.1e}: train without compiled kernels, and report this with the versions of torch "
-                "and of the compiler"
+                f"the {kernels} kernel of {name} differs from the plain function by {difference:.1e} in result "
+                f"{index}, where rounding explains {allowed:.1e}: choose the kernels of torch, and report this with "
+                "the versions of torch and of the compiler"
             )

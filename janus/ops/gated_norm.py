@@ -203,14 +203,14 @@ class _Norm:
         )
 
 
-@fusable
+@fusable("gated_norm.value")
 def _value(core, gate, weight, bias, *, eps, center) -> tuple[Tensor, ...]:
     core_norm = _Norm.of(core, weight, bias, 0, eps=eps, center=center)
     gate_norm = _Norm.of(gate, weight, bias, 1, eps=eps, center=center)
     return (functional.silu(core_norm.out, inplace=True).mul_(gate_norm.out.sigmoid_()),)
 
 
-@fusable
+@fusable("gated_norm.first_derivative")
 def _first_derivative(core, gate, weight, bias, grad, *, eps, center, affine: bool) -> tuple[Tensor, ...]:
     """Gradients of core and gate, and of weight and bias (2, d) if asked for."""
     core_norm = _Norm.of(core, weight, bias, 0, eps=eps, center=center)
@@ -225,7 +225,7 @@ def _first_derivative(core, gate, weight, bias, grad, *, eps, center, affine: bo
     return from_core, from_gate, torch.stack([core_weight, gate_weight]), torch.stack([core_bias, gate_bias])
 
 
-@fusable
+@fusable("gated_norm.second_derivative")
 def _second_derivative(core, gate, weight, bias, grad, v_core, v_gate, *, eps, center) -> tuple[Tensor, ...]:
     """Gradients of <v_core, dcore> + <v_gate, dgate> for core, gate, grad, weight and bias.
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from janus.ops.fused import kernels_are_compiled
+from janus.ops.fused import kernels_in_use
 
 _SLICE_ELEMENTS = 1 << 18
 """Elements of one slice of one tensor: a chain's dozen temporaries of this size stay in the shared cache."""
@@ -21,8 +21,8 @@ def map_rows(function: Callable[..., tuple[Tensor, ...]], rows: tuple[Tensor, ..
     """Apply a function that treats rows independently, slice by slice on CPU and at once elsewhere.
 
     Temporaries of `function` are as large as a slice, so a chain of operations costs one pass over memory and no more
-    memory than its results. A compiled kernel has no temporaries, so it runs at once. Not recorded by autograd: for use
-    inside autograd functions.
+    memory than its results. A kernel that is compiled as a whole has no temporaries, so it runs at once. Not recorded
+    by autograd: for use inside autograd functions.
 
     Args:
         function: from slices of `rows` to a tuple of tensors; the last `num_summed` of them are sums over the rows.
@@ -32,7 +32,8 @@ def map_rows(function: Callable[..., tuple[Tensor, ...]], rows: tuple[Tensor, ..
     """
     num_rows = rows[0].shape[0]
     being_traced = get_proxy_mode() is not None  # for any number of rows
-    if being_traced or rows[0].device.type != "cpu" or rows[0].numel() <= _WHOLE_ELEMENTS or kernels_are_compiled():
+    at_once = kernels_in_use() != "torch" or rows[0].device.type != "cpu"
+    if being_traced or at_once or rows[0].numel() <= _WHOLE_ELEMENTS:
         return function(*rows)
     step = max(1, _SLICE_ELEMENTS // rows[0][0].numel())
     outputs: list[Tensor] = []

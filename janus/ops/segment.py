@@ -1,12 +1,15 @@
-"""Sums over the rows that belong to a node."""
+"""Sums over the rows that belong to a node, and rows gathered from nodes."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from janus.ops.demand import wants_gradient
+from janus.ops.fused import fusable
 from janus.ops.recompute import recomputable
 
 
@@ -15,7 +18,7 @@ def segment_sum(rows: Tensor, index: Tensor, num_segments: int) -> Tensor:
 
     Args:
         rows: (E, ...).
-        index: (E,) int64 in [0, num_segments).
+        index: (E,) int64 or int32 in [0, num_segments), not changed later.
     Returns:
         (num_segments, ...), zero where no row belongs.
     """
@@ -28,11 +31,29 @@ def gather_rows(values: Tensor, index: Tensor) -> Tensor:
     return recomputable(_GatherRows.apply(values, index), _gather, values, index)
 
 
+def gather_add(values: Sequence[Tensor], indices: Sequence[Tensor | None]) -> Tensor:
+    """out[e] = sum over i of values[i][indices[i][e]], differentiable any number of times.
+
+    What linear layers of concatenated features come to, where nodes are projected before they are gathered. Not kept
+    for backward passes inside of `janus.ops.recompute.recomputing`, unless it takes rows that are as many themselves.
+
+    Args:
+        values: (N_i, d) each.
+        indices: (E,) int64 or int32 each, not changed later; None for values that have a row for every e, (E, d).
+    Returns:
+        (E, d)
+    """
+    out = _GatherAdd.apply(*values, *indices)
+    if any(index is None for index in indices):
+        return out
+    return recomputable(out, _add_gathered, *values, *indices)
+
+
 class _SegmentSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, index: Tensor, num_segments: int) -> Tensor:
         ctx.save_for_backward(index)
-        return rows.new_zeros((num_segments, *rows.shape[1:])).index_add(0, index, rows)
+        return _sum_rows(rows, index, num_segments)[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -51,6 +72,45 @@ class _GatherRows(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (index,) = ctx.saved_tensors
         return segment_sum(grad, index, ctx.num_values), None
+
+
+class _GatherAdd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *values_and_indices: Tensor) -> Tensor:
+        half = len(values_and_indices) // 2
+        ctx.save_for_backward(*values_and_indices[half:])
+        ctx.num_values = [value.shape[0] for value in values_and_indices[:half]]
+        return _add_gathered(*values_and_indices)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor):
+        grads: list[Tensor | None] = []
+        for part, index in enumerate(ctx.saved_tensors):
+            wanted = wants_gradient(ctx, part)
+            of_value = grad if index is None or not wanted else segment_sum(grad, index, ctx.num_values[part])
+            grads.append(of_value if wanted else None)
+        return *grads, *(None for _ in grads)
+
+
+def _add_gathered(*values_and_indices: Tensor | None) -> Tensor:
+    return _gathered_sum(*values_and_indices)[0]
+
+
+@fusable("segment.sum_rows", compiled=False)
+def _sum_rows(rows, index, num_segments: int) -> tuple[Tensor, ...]:
+    return (rows.new_zeros((num_segments, *rows.shape[1:])).index_add(0, index, rows),)
+
+
+@fusable("segment.gathered_sum", compiled=False)
+def _gathered_sum(*values_and_indices) -> tuple[Tensor, ...]:
+    """Of all values, then all indices."""
+    half = len(values_and_indices) // 2
+    parts = zip(values_and_indices[:half], values_and_indices[half:], strict=True)
+    (value, index), *others = parts
+    total = value.clone() if index is None else value.index_select(0, index)
+    for value, index in others:
+        total += value if index is None else value.index_select(0, index)
+    return (total,)
 
 
 def _gather(values: Tensor, index: Tensor) -> Tensor:

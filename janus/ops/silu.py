@@ -56,7 +56,7 @@ def _first_derivative(x: Tensor, grad: Tensor) -> Tensor:
     return torch.ops.aten.silu_backward(grad, x)
 
 
-@fusable
+@fusable("silu.second_derivative")
 def _second_derivative(x: Tensor, grad: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
     # silu''(x) = s (1 - s) (2 + x - 2 x s), s = sigmoid(x)
     sigmoid = x.sigmoid()

@@ -29,6 +29,9 @@ _GROUPS = {
     "training": TrainingConfig,
     "parallel": ParallelConfig,
 }
+_RENAMED = {"compile_kernels": "write training.kernels, compiled for true and torch for false"}
+"""Options of `training` that earlier versions had, and may stand in the config.yaml of a run."""
+
 _LISTS = ("--data.train", "--data.valid", "--data.test")
 
 _DESCRIPTION = """Train or fine-tune a MatRIS model. Start it with python for one process, or with torchrun, srun or
@@ -81,7 +84,11 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
             parser.set_defaults({f"model.{name}": getattr(hyper, name) for name in given})
             options = parser.parse_args(_join_lists(arguments))
     except ArgumentError as error:
-        raise ValueError(f"{' '.join(str(error).split())} (janus-matris train --help lists all options)") from None
+        text = " ".join(str(error).split())
+        for name, instead in _RENAMED.items():
+            if name in text:
+                raise ValueError(f"training.{name} is no option any more: {instead}") from None
+        raise ValueError(f"{text} (janus-matris train --help lists all options)") from None
     options.data.tasks = [
         TaskConfig(**{**vars(task), "label_weights": LabelWeights(**vars(task.label_weights))})
         for task in options.data.tasks

@@ -38,7 +38,7 @@ from ase.build import bulk
 from janus.comm.adjoint import reduce
 from janus.comm.collectives import reduce_max, start_all_gather, start_all_to_all
 from janus.mesh import Mesh, open_mesh
-from janus.ops.fused import compile_kernels
+from janus.ops.fused import use_kernels
 from janus.optim import AdamWConfig, Schedule
 from janus.telemetry import Stopwatch
 from janus.telemetry.peak import Format, measured_rate
@@ -102,7 +102,7 @@ def parsed(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--structures", type=int, default=8, help="of the data, for each rank")
     parser.add_argument("--cache_dir")
     parser.add_argument("--recompute", choices=("none", "selective", "all", "full"), default="selective")
-    parser.add_argument("--compile", action="store_true", help="element-wise chains, as the training does")
+    parser.add_argument("--kernels", choices=("torch", "compiled", "triton"), default="torch")
     parser.add_argument("--threads", type=int, default=1, help="of a rank on CPU")
     parser.add_argument("--ranks", type=int, default=1, help="processes that share the sum of the gradients")
     parser.add_argument("--steps", type=int, default=5, help="timed ones, after one that is not")
@@ -153,7 +153,7 @@ def measure(options: argparse.Namespace, mesh: Mesh) -> dict[str, Any]:
             os.sched_setaffinity(0, cpus[mesh.rank * options.threads :][: options.threads])
     keep_freed_memory()
     set_precision(options.precision, device)
-    compile_kernels(options.compile, device)
+    use_kernels(options.kernels, device)
     machine = _machine(options, mesh)
     model = MatRIS(PRESETS[options.preset], precision=Precision(options.precision), seed=0, mesh=mesh).to(device)
     model.recompute_bytes = {"none": None, "selective": RECOMPUTE_BYTES, "all": 0, "full": 0}[options.recompute]
@@ -186,7 +186,7 @@ def measure(options: argparse.Namespace, mesh: Mesh) -> dict[str, Any]:
         "preset": options.preset,
         "precision": options.precision,
         "recompute": options.recompute,
-        "compiled": options.compile,
+        "kernels": options.kernels,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "machine": machine,
         "batch": vars(_counts(batch.graph)),
@@ -464,7 +464,7 @@ def _table(report: dict[str, Any]) -> str:
         f"{rates}, {machine['bytes_per_s'] / 1e9:.3g} GB/s",
         *(f"{name}: {rate / 1e9:.3g} GB/s" for name, rate in machine["collectives_bytes_per_s"].items()),
         f"preset {report['preset']}, {report['precision']}, recompute {report['recompute']}"
-        f"{', compiled' if report['compiled'] else ''}, {report['parameters']} parameters; "
+        f", kernels of {report['kernels']}, {report['parameters']} parameters; "
         f"on a rank {batch['atoms']} atoms, {batch['edges']} edges, "
         f"{batch['angles']} angles",
         "",

@@ -50,7 +50,7 @@ def main() -> int:
     parser.add_argument(
         "--smooth", action="store_true", help="time ours with smooth attention (its default in training)"
     )
-    parser.add_argument("--compile", action="store_true", help="ours with training.compile_kernels")
+    parser.add_argument("--compile", action="store_true", help="ours with training.kernels compiled")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args()
     if options.output is not None and not options.output.parent.is_dir():
@@ -270,7 +270,7 @@ def _our_side(settings: dict[str, Any], *, predict: bool) -> tuple[Callable[[], 
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
     import torch
 
-    from janus.ops.fused import compile_kernels
+    from janus.ops.fused import use_kernels
     from janus.optim.adamw import AdamWConfig, build_adamw
     from janus.training.memory import keep_freed_memory
     from matris.config import LossConfig
@@ -283,7 +283,7 @@ def _our_side(settings: dict[str, Any], *, predict: bool) -> tuple[Callable[[], 
     from matris.reference import convert_reference
 
     keep_freed_memory()
-    compile_kernels(settings.get("compile", False), torch.device("cpu"))
+    use_kernels("compiled" if settings.get("compile", False) else "torch", torch.device("cpu"))
     directory = Path(settings["directory"])
     if not (directory / "model").exists():
         convert_reference(directory / "reference.pth.tar", directory / "model")

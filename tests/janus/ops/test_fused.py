@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from janus.ops.attention import attention_terms
-from janus.ops.fused import compile_kernels, fusable
+from janus.ops.fused import fusable, use_kernels
 from janus.ops.gated_norm import gated_norm
 from janus.ops.silu import silu
 
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def plain_afterwards() -> Iterator[None]:
     yield
-    compile_kernels(False, CPU)
+    use_kernels("torch", CPU)
 
 
 def through_a_step(function: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
@@ -50,20 +50,20 @@ def test_compiled_equals_plain(name: str) -> None:
     for num_rows in (7, 1, 0, 300):
         shapes = {"rows": (num_rows, 16), "pair": (2, 16), "column": (num_rows, 1)}
         inputs = [torch.randn(shapes[kind], generator=generator, dtype=torch.float64) for kind in kinds]
-        compile_kernels(False, CPU)
+        use_kernels("torch", CPU)
         expected = through_a_step(function, inputs)
-        compile_kernels(True, CPU)
+        use_kernels("compiled", CPU)
         for ours, plain in zip(through_a_step(function, inputs), expected, strict=True):
             torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
 
 
 def test_wrong_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda function, **_: lambda x: (function(x)[0] * 1.001,))
-    doubled = fusable(lambda x: (2 * x,))
+    doubled = fusable("silu.second_derivative")(lambda x: (2 * x,))
     rows = torch.ones(3, 2)
     assert doubled(rows)[0].equal(2 * rows)
-    compile_kernels(True, CPU)
-    with pytest.raises(RuntimeError, match="differs from the plain one"):
+    use_kernels("compiled", CPU)
+    with pytest.raises(RuntimeError, match="differs from the plain function"):
         doubled(rows)
 
 
@@ -75,4 +75,4 @@ def test_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", missing)
     with pytest.raises(ValueError, match="need a C\\+\\+ compiler"):
-        compile_kernels(True, CPU)
+        use_kernels("compiled", CPU)

@@ -150,9 +150,9 @@ def test_killed_run_goes_on_to_the_same_bits(folder: Path, finished: Path) -> No
 
 def test_compiled_kernels_change_nothing_but_the_time(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = []
-    for name in ("plain", "compiled"):
+    for name in ("torch", "compiled"):
         output = folder / f"kernels_{name}"
-        words = options(folder, output, precision="fp64", compile_kernels=name == "compiled")
+        words = options(folder, output, precision="fp64", kernels=name)
         assert main(words) == 0
         assert (", compiled kernels" in capsys.readouterr().out) == (name == "compiled")
         found.append(weights(output))

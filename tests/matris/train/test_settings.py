@@ -31,6 +31,14 @@ def test_defaults_and_lists() -> None:
     assert parse(["--data.train", "[x, y]", "--training.train_iters", "1"]).data.train == ["x", "y"]
 
 
+def test_renamed_option_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("training:\n  compile_kernels: true\n")
+    for words in (["--training.compile_kernels", "true"], ["--config", str(path)]):
+        with pytest.raises(ValueError, match="training.compile_kernels is no option any more: write training.kernels"):
+            parse([*LEAST, *words])
+
+
 def test_types() -> None:
     words = "--model.angular-basis spherical --model.readout-hidden-sizes [4,2] --loss.forces huber --optim.lr 2e-3"
     words += " --training.precision bf16-mixed --optim.decay-1d true --data.energy-scale 0.5 --dry-run"

@@ -1,0 +1,179 @@
+"""Triton kernels against the plain functions; `test_triton.py` runs this in a process of its own.
+
+On CPU by Triton's interpreter, which must be chosen before triton is imported; with JANUS_TEST_DEVICE=cuda on a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+from janus.ops import attention, gated_norm, segment, silu
+from janus.ops.fused import fusable, use_kernels
+
+DEVICE = torch.device(os.environ["JANUS_TEST_DEVICE"])
+ROWS_AND_WIDTHS = [(0, 7), (3, 1), (1, 7), (5, 100), (37, 32), (20, 128)]
+"""Rows and widths, in pieces of a program and beyond."""
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 2e-2}
+
+
+@pytest.fixture(autouse=True)
+def triton_kernels() -> Iterator[None]:
+    use_kernels("triton", DEVICE)
+    yield
+    use_kernels("torch", DEVICE)
+
+
+def rand(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    values = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return values.to(DEVICE, dtype)
+
+
+def norm_case(center: bool, bias: bool, affine: bool, order: int) -> Callable:
+    def case(rows: int, width: int, dtype: torch.dtype) -> tuple:
+        pair = [rand(2, width, seed=3, dtype=dtype), rand(2, width, seed=4, dtype=dtype) if bias else None]
+        # A row's halves lie beside each other, as those of one product do.
+        core, gate = rand(rows, 2 * width, seed=1, dtype=dtype).split(width, dim=1)
+        arguments = [core, gate, *pair, *(rand(rows, width, seed=5 + n, dtype=dtype) for n in range((0, 1, 3)[order]))]
+        options = {"eps": 1e-5, "center": center, **({"affine": affine} if order == 1 else {})}
+        return NORM[order], arguments, options
+
+    return case
+
+
+def attention_case(cap: float | None, enveloped: bool, nodes: int, order: int) -> Callable:
+    def case(rows: int, width: int, dtype: torch.dtype) -> tuple:
+        u = [rand(rows, 1, seed=9, dtype=dtype)] if enveloped else []
+        logits = 3 * rand(rows, nodes * width, seed=1, dtype=dtype)
+        arguments = [logits, rand(rows, width, seed=2, dtype=dtype)]
+        if order:
+            arguments += [rand(rows, width, seed=10 + n, dtype=dtype) for n in range(2 * nodes)]
+        if order == 2:
+            arguments += [rand(rows, nodes * width, seed=20, dtype=dtype), rand(rows, width, seed=21, dtype=dtype)]
+        arguments += u
+        if order == 2 and enveloped:
+            arguments += [rand(rows, 1, seed=22, dtype=dtype)]
+        return ATTENTION[order], arguments, {"cap": cap}
+
+    return case
+
+
+NORM = (gated_norm._value, gated_norm._first_derivative, gated_norm._second_derivative)
+ATTENTION = (attention._value, attention._first_derivative, attention._second_derivative)
+LEAVES: dict[str, Callable] = {
+    "silu, order 2": lambda rows, width, dtype: (
+        silu._second_derivative,
+        [rand(rows, width, seed=seed, dtype=dtype) for seed in range(3)],
+        {},
+    )
+}
+for order in range(3):
+    for center, bias in ((True, True), (False, False), (False, True)):
+        LEAVES[f"norm {center} {bias}, order {order}"] = norm_case(center, bias, False, order)
+    for cap, enveloped, nodes in ((10.0, True, 2), (None, False, 1), (None, True, 1), (3.0, False, 3)):
+        LEAVES[f"attention {cap} {enveloped} {nodes}, order {order}"] = attention_case(cap, enveloped, nodes, order)
+LEAVES["norm with affine gradients"] = norm_case(True, True, True, 1)
+
+
+@pytest.mark.parametrize("name", LEAVES)
+def test_leaf_functions(name: str) -> None:
+    for rows, width in ROWS_AND_WIDTHS:
+        if width == 1 and name.startswith("norm"):
+            continue  # the norm of a channel alone is constant: its derivatives are rounding
+        compare(*LEAVES[name](rows, width, torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", [name for name in LEAVES if name.startswith(("silu", "norm True", "attention 10"))])
+def test_number_formats(name: str, dtype: torch.dtype) -> None:
+    compare(*LEAVES[name](37, 32, dtype))
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_programs_with_several_pieces(order: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("janus.ops.triton.gated_norm.MAX_PROGRAMS", 2)
+    compare(*norm_case(True, True, True, order)(37, 100, torch.float64))
+
+
+def compare(function: Callable, arguments: list[Tensor | None], options: dict) -> None:
+    # What rounding is belongs to the format: the plain function computes in fp64.
+    exact = [None if value is None else value.double() for value in arguments]
+    found, expected = function(*arguments, **options), function.__wrapped__(*exact, **options)
+    for ours, plain in zip(found, expected, strict=True):
+        assert ours.dtype == arguments[0].dtype
+        scale = max(1.0, plain.abs().max().item()) if plain.numel() else 1.0
+        torch.testing.assert_close(ours.double(), plain, rtol=0, atol=TOLERANCE[ours.dtype] * scale)
+
+
+def both(*terms: Tensor) -> Tensor:
+    return torch.cat(terms, dim=1)
+
+
+WHOLE: dict[str, tuple[Callable, list[tuple[int, ...]]]] = {
+    "layer norm": (lambda *x: gated_norm.gated_norm(*x, eps=1e-5, center=True), [(3, 3), (3, 3), (2, 3), (2, 3)]),
+    "RMS norm": (lambda *x: gated_norm.gated_norm(*x, None, eps=1e-5, center=False), [(3, 3), (3, 3), (2, 3)]),
+    "attention": (lambda *x: both(*attention.attention_terms(*x, cap=3.0)), [(3, 4), (3, 2), (3, 1)]),
+    "silu": (silu.silu, [(3, 2)]),
+    "segments": (lambda x: segment.segment_sum(x, torch.tensor([3, 0, 3], device=DEVICE), 5), [(3, 2)]),
+    "gathered": (
+        lambda *x: segment.gather_add(x, [None, *torch.tensor([[1, 0, 1], [2, 3, 0]], device=DEVICE)]),
+        [(3, 2), (2, 2), (4, 2)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_numerical_derivatives(name: str) -> None:
+    function, shapes = WHOLE[name]
+    inputs = [rand(*shape, seed=seed).requires_grad_() for seed, shape in enumerate(shapes)]
+    fast = {"fast_mode": True}
+    assert gradcheck(function, inputs, **fast)
+    assert gradgradcheck(function, inputs, **fast)
+
+
+@pytest.mark.parametrize("index_type", [torch.int32, torch.int64], ids=str)
+def test_segments(index_type: torch.dtype) -> None:
+    """Sorted and not, with empty segments, long ones and no rows; halves of an index too."""
+    for width in (1, 7, 300):
+        for index in ([0] * 50 + [2, 2, 5], [5, 0, 2, 0, 5, 5], []):
+            whole = torch.tensor([*index, *reversed(index)], dtype=index_type, device=DEVICE)
+            for part in (whole[: len(index)], whole[len(index) :]):
+                rows = rand(len(index), width, seed=1)
+                plain = segment._sum_rows.__wrapped__(rows, part, 7)[0]
+                torch.testing.assert_close(segment.segment_sum(rows, part, 7), plain, rtol=1e-13, atol=1e-13)
+    index = torch.tensor([1, 0, 1], dtype=index_type, device=DEVICE)
+    assert segment.segment_sum(torch.tensor([1, 2, 3], device=DEVICE), index, 2).tolist() == [2, 4]
+    index[0] = 0  # what was known of it no longer holds
+    assert segment.segment_sum(torch.tensor([1, 2, 3], device=DEVICE), index, 2).tolist() == [3, 3]
+
+
+@pytest.mark.parametrize("index_type", [torch.int32, torch.int64], ids=str)
+def test_gathered_sums(index_type: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for rows, width, owns in ((40, 300, False), (1, 7, True), (0, 7, False), (33, 100, True)):
+        counts = (4, 9, rows) if owns else (4, 9, 6)
+        values = [rand(count, width, seed=count) for count in counts]
+        drawn = [torch.randint(count, (rows,), generator=generator).to(DEVICE, index_type) for count in counts[:2]]
+        indices = [*drawn, None if owns else drawn[0]]
+        plain = segment._gathered_sum.__wrapped__(*values, *indices)[0]
+        torch.testing.assert_close(segment.gather_add(values, indices), plain, rtol=1e-13, atol=1e-13)
+
+
+def test_wrong_kernel_is_refused() -> None:
+    @fusable("silu.second_derivative")
+    def something_else(x: Tensor, grad: Tensor, cotangent: Tensor) -> tuple[Tensor, ...]:
+        return x * grad, cotangent
+
+    with pytest.raises(RuntimeError, match="triton kernel .* differs from the plain function"):
+        something_else(*(rand(3, 2, seed=seed) for seed in range(3)))
+
+
+def test_rows_that_are_too_wide_are_refused() -> None:
+    wide: Sequence[Tensor] = [torch.ones(2, 4097, device=DEVICE)] * 4
+    with pytest.raises(ValueError, match="at most 4096 channels, and these have 4097"):
+        gated_norm.gated_norm(*wide, eps=1e-5, center=True)

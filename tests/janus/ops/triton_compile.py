@@ -1,0 +1,64 @@
+"""Translates every Triton kernel for a GPU that need not be there; `test_triton.py` runs this.
+
+`python triton_compile.py cuda|hip [fp32|bf16|fp64]` prints each kernel with the size of its machine code.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from janus.ops.triton import attention, gated_norm, segment, silu
+
+TARGETS = {"cuda": (GPUTarget("cuda", 90, 32), "cubin"), "hip": (GPUTarget("hip", "gfx942", 64), "hsaco")}
+FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+WIDTH = 100
+
+
+def main(target: str, number_format: str = "fp32") -> None:
+    gpu, binary = TARGETS[target]
+    driver.set_active(
+        SimpleNamespace(
+            get_current_device=lambda: 0, get_current_stream=lambda device: 0, get_current_target=lambda: gpu
+        )
+    )
+
+    def translated(kernel: JITFunction, grid: Any) -> Any:
+        def launch(*arguments: Any, **options: Any) -> None:
+            made = kernel.run(*arguments, grid=grid, warmup=True, **options)
+            assert len(made.asm[binary]) > 0
+            print(f"{kernel.__module__}.{kernel.__name__}: {len(made.asm[binary])} bytes")
+
+        return launch
+
+    JITFunction.__getitem__ = translated
+    translate_all(FORMATS[number_format])
+
+
+def translate_all(dtype: torch.dtype) -> None:
+    def rows(width: int = WIDTH) -> Tensor:
+        return torch.zeros(40, width, dtype=dtype)
+
+    pair, index = torch.zeros(2, WIDTH, dtype=dtype), torch.zeros(40, dtype=torch.int64)
+    norm = {"eps": 1e-5, "center": True}
+    gated_norm.value(rows(), rows(), pair, None, **norm)
+    gated_norm.first_derivative(rows(), rows(), pair, pair, rows(), affine=True, **norm)
+    gated_norm.second_derivative(rows(), rows(), pair, pair, rows(), rows(), rows(), **norm)
+    logits, u, grads = rows(2 * WIDTH), rows(1), [rows() for _ in range(4)]
+    attention.value(logits, rows(), cap=None)
+    attention.first_derivative(logits, rows(), *grads, u, cap=10.0)
+    attention.second_derivative(logits, rows(), *grads, rows(2 * WIDTH), rows(), u, u, cap=10.0)
+    silu.second_derivative(rows(), rows(), rows())
+    segment.sum_rows(rows(), index, 3)
+    segment.gathered_sum(rows(), rows(), rows(), None, index, index.int())
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
