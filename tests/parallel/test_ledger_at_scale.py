@@ -1,42 +1,20 @@
 """The step on one of 1024 and of 16384 ranks: calls and bytes of every collective are closed formulas of the batch.
 
-torch's fake process group answers every collective at once and without data, so one process runs the code of any rank.
-The numbers that it computes mean nothing; what it hands to its collectives is what a real rank would.
+`tools/bench/fake_ranks.py` says how.
 """
 
 from __future__ import annotations
 
 import multiprocessing
-import time
-import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-import ase.build
-import numpy as np
 import pytest
-import torch
-import torch.distributed as dist
-from ase.calculators.singlepoint import SinglePointCalculator
 
-from janus.comm.traffic import Traffic
-from janus.mesh import Mesh, open_mesh
-from janus.optim import AdamWConfig, Schedule
-from janus.sharding.memory import WeightSizes
-from janus.sharding.traffic import UnitSize, WeightAxes, weight_traffic
-from janus.training.learner import Learner
-from janus.training.step import accumulate_gradients
-from matris.config import LossConfig, ModelConfig, NormType
-from matris.data.dataset import Collate, MicroBatch
-from matris.data.labels import LabelKeys, read_labels
-from matris.data.records import Sample
-from matris.graph.batch import LabelTotals
-from matris.graph.structure import Structure
-from matris.model import MatRIS
-from matris.task import MatRISTask
-from matris.traffic import RankRows, feature_traffic
+from matris.config import ModelConfig, NormType
 from tests.parallel import ranks  # noqa: F401  # says what the server of all processes imports first
+from tools.bench.fake_ranks import step_of_rank
 
 SMALL = ModelConfig(
     num_layers=2,
@@ -59,106 +37,6 @@ WITH_EXPERTS = {
         SMALL, num_moe_experts=4, moe_router_topk=2, moe_ffn_hidden_size=32, separable_attention=True
     ),
 }
-FP32 = 4
-MICRO_BATCHES = 2
-
-
-def of_weights(hyper: ModelConfig, mesh: Mesh, policy: str) -> Traffic:
-    """Of the weights and their gradients, over all micro-batches of a step, from the shapes of the whole model."""
-    with torch.device("meta"):
-        whole = MatRIS(hyper)
-    modules = whole.sharding_units() if mesh.shard.size > 1 else ()
-    sizes = WeightSizes.of(whole, modules, tensor=mesh.tensor.size)
-    return weight_traffic(
-        [
-            # The atoms' embedding does not depend on the positions: the force pass does not see it.
-            UnitSize.of(size, mesh.shard.size, itemsize=FP32, in_force_pass=module is not whole.atom_embedding)
-            for module, size in zip(modules, sizes.units, strict=True)
-        ],
-        WeightAxes(
-            shard=mesh.shard,
-            tensor=mesh.tensor,
-            replicas=mesh.replicas,
-            shard_replicas=mesh.shard_replicas,
-            expert=mesh.expert,
-            expert_replicas=mesh.expert_replicas,
-        ),
-        whole_bytes=sizes.everywhere,
-        policy=policy,  # type: ignore[arg-type]
-        micro_batches=MICRO_BATCHES,
-    )
-
-
-def micro_batch(mesh: Mesh) -> MicroBatch:
-    samples = []
-    for seed, atoms in enumerate((ase.build.bulk("Si", cubic=True), ase.build.bulk("NaCl", "rocksalt", a=5.6))):
-        atoms.rattle(0.1, seed=seed)
-        atoms.calc = SinglePointCalculator(atoms, energy=-1.0, forces=np.ones((len(atoms), 3)), stress=np.full(6, 0.01))
-        structure, labels = Structure.from_atoms(atoms), read_labels(atoms, LabelKeys()).labels
-        samples.append(Sample(identifier=f"{seed}", structure=structure, labels=labels, task="default"))
-    collate = Collate(
-        pairwise_cutoff=SMALL.pairwise_cutoff,
-        three_body_cutoff=SMALL.three_body_cutoff,
-        task_names=("default",),
-        num_parts=mesh.graph.size,
-        part=mesh.graph.rank,
-    )
-    return collate(samples)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """Traffic found and expected, and seconds to open the mesh and to run the step."""
-
-    found: Traffic
-    expected: Traffic
-    seconds: tuple[float, float]
-
-
-def step(rank: int, world_size: int, layout: Mapping[str, int], name: str, policy: str) -> Measured:
-    """One rank of many, in a process that is no rank of anything else."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    warnings.filterwarnings("error", message=".*an autograd kernel was not registered.*")
-    torch.set_num_threads(1)
-    start = time.monotonic()
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-    try:
-        with open_mesh("cpu", watched=False, **layout) as mesh:  # the other ranks do not exist
-            return measured(mesh, (CONFIGS | WITH_EXPERTS)[name], policy, start)
-    finally:
-        dist.destroy_process_group()
-
-
-def measured(mesh: Mesh, hyper: ModelConfig, policy: str, start: float) -> Measured:
-    """The step without its update, whose numbers would mean nothing."""
-    opened = time.monotonic()
-    model = MatRIS(hyper, seed=1, mesh=mesh)
-    learner = Learner(
-        model,
-        AdamWConfig(),
-        Schedule(lr=1e-3, num_steps=1),
-        ema_decay=0.0,
-        clip_grad=1.0,
-        mesh=mesh,
-        units=model.sharding_units(),
-        policy=policy,  # type: ignore[arg-type]
-    )
-    batch = micro_batch(mesh)
-    totals = LabelTotals(
-        energy_structures=2.0, forces_structures=2.0, forces_atoms=10.0, stress_structures=2.0, magmoms_atoms=0.0
-    )
-    task = MatRISTask(model, LossConfig(), ("default",))
-    mesh.ledger.clear()
-    accumulate_gradients(task, [batch] * MICRO_BATCHES, totals, learner)
-    learner.sum_gradients()
-    learner.clip()
-    ledger = mesh.ledger
-    found = Traffic(calls=ledger.calls, bytes=ledger.bytes, wire_bytes=ledger.wire_bytes)
-    expected = of_weights(hyper, mesh, policy)
-    of_batch = feature_traffic(hyper, RankRows.of(batch.graph), graph=mesh.graph, tensor=mesh.tensor)
-    expected.add(of_batch, MICRO_BATCHES)
-    return Measured(found=found, expected=expected, seconds=(opened - start, time.monotonic() - opened))
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +53,8 @@ def check(
     name: str,
     policy: str = "regather",
 ) -> None:
-    result = pool.submit(step, rank, world_size, layout, name, policy).result(timeout=120.0)
+    hyper = (CONFIGS | WITH_EXPERTS)[name]
+    result = pool.submit(step_of_rank, rank, world_size, layout, hyper, policy).result(timeout=120.0)
     print(f"rank {rank} of {world_size}: mesh {result.seconds[0]:.1f} s, step {result.seconds[1]:.1f} s")
     assert {key.split("/")[0] for key in result.found.calls} >= set(layout)
     assert dict(result.found.calls) == dict(result.expected.calls)

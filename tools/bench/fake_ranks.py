@@ -1,0 +1,144 @@
+"""The training step of one rank of very many: what it hands to its collectives, beside what formulas say.
+
+torch's fake process group answers every collective at once and without data, so one process runs the code of any rank.
+The numbers that it computes mean nothing; what it hands to its collectives is what a real rank would.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import ase.build
+import numpy as np
+import torch
+import torch.distributed as dist
+from ase.calculators.singlepoint import SinglePointCalculator
+
+from janus.comm.traffic import Traffic
+from janus.mesh import Mesh, open_mesh
+from janus.optim import AdamWConfig, Schedule
+from janus.sharding.memory import WeightSizes
+from janus.sharding.traffic import UnitSize, WeightAxes, weight_traffic
+from janus.training.learner import Learner
+from janus.training.step import accumulate_gradients
+from matris.config import LossConfig, ModelConfig
+from matris.data.dataset import Collate, MicroBatch
+from matris.data.labels import LabelKeys, read_labels
+from matris.data.records import Sample
+from matris.graph.batch import LabelTotals
+from matris.graph.structure import Structure
+from matris.model import MatRIS
+from matris.task import MatRISTask
+from matris.traffic import RankRows, feature_traffic
+
+FP32 = 4
+MICRO_BATCHES = 2
+
+
+def of_weights(hyper: ModelConfig, mesh: Mesh, policy: str) -> Traffic:
+    """Of the weights and their gradients, over all micro-batches of a step, from the shapes of the whole model."""
+    with torch.device("meta"):
+        whole = MatRIS(hyper)
+    modules = whole.sharding_units() if mesh.shard.size > 1 else ()
+    sizes = WeightSizes.of(whole, modules, tensor=mesh.tensor.size)
+    return weight_traffic(
+        [
+            # The atoms' embedding does not depend on the positions: the force pass does not see it.
+            UnitSize.of(size, mesh.shard.size, itemsize=FP32, in_force_pass=module is not whole.atom_embedding)
+            for module, size in zip(modules, sizes.units, strict=True)
+        ],
+        WeightAxes(
+            shard=mesh.shard,
+            tensor=mesh.tensor,
+            replicas=mesh.replicas,
+            shard_replicas=mesh.shard_replicas,
+            expert=mesh.expert,
+            expert_replicas=mesh.expert_replicas,
+        ),
+        whole_bytes=sizes.everywhere,
+        policy=policy,  # type: ignore[arg-type]
+        micro_batches=MICRO_BATCHES,
+    )
+
+
+def micro_batch(hyper: ModelConfig, mesh: Mesh) -> MicroBatch:
+    """Silicon and rock salt, on this rank."""
+    samples = []
+    for seed, atoms in enumerate((ase.build.bulk("Si", cubic=True), ase.build.bulk("NaCl", "rocksalt", a=5.6))):
+        atoms.rattle(0.1, seed=seed)
+        atoms.calc = SinglePointCalculator(atoms, energy=-1.0, forces=np.ones((len(atoms), 3)), stress=np.full(6, 0.01))
+        structure, labels = Structure.from_atoms(atoms), read_labels(atoms, LabelKeys()).labels
+        samples.append(Sample(identifier=f"{seed}", structure=structure, labels=labels, task="default"))
+    collate = Collate(
+        pairwise_cutoff=hyper.pairwise_cutoff,
+        three_body_cutoff=hyper.three_body_cutoff,
+        task_names=("default",),
+        num_parts=mesh.graph.size,
+        part=mesh.graph.rank,
+    )
+    return collate(samples)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Traffic found and expected, and seconds to open the mesh and to run the step."""
+
+    found: Traffic
+    expected: Traffic
+    seconds: tuple[float, float]
+
+
+def step_of_rank(
+    rank: int, world_size: int, layout: Mapping[str, int], hyper: ModelConfig, policy: str = "regather"
+) -> Measured:
+    """One rank of many, in a process that is no rank of anything else.
+
+    Args:
+        layout: sizes of the axes, as `open_mesh` takes them; experts are on all ranks.
+        policy: of sharded weights.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    warnings.filterwarnings("error", message=".*an autograd kernel was not registered.*")
+    torch.set_num_threads(1)
+    start = time.monotonic()
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        with open_mesh("cpu", watched=False, **layout) as mesh:  # the other ranks do not exist
+            return measured(mesh, hyper, policy, start)
+    finally:
+        dist.destroy_process_group()
+
+
+def measured(mesh: Mesh, hyper: ModelConfig, policy: str, start: float) -> Measured:
+    """The step without its update, whose numbers would mean nothing."""
+    opened = time.monotonic()
+    model = MatRIS(hyper, seed=1, mesh=mesh)
+    learner = Learner(
+        model,
+        AdamWConfig(),
+        Schedule(lr=1e-3, num_steps=1),
+        ema_decay=0.0,
+        clip_grad=1.0,
+        mesh=mesh,
+        units=model.sharding_units(),
+        policy=policy,  # type: ignore[arg-type]
+    )
+    batch = micro_batch(hyper, mesh)
+    totals = LabelTotals(
+        energy_structures=2.0, forces_structures=2.0, forces_atoms=10.0, stress_structures=2.0, magmoms_atoms=0.0
+    )
+    task = MatRISTask(model, LossConfig(), ("default",))
+    mesh.ledger.clear()
+    accumulate_gradients(task, [batch] * MICRO_BATCHES, totals, learner)
+    learner.sum_gradients()
+    learner.clip()
+    ledger = mesh.ledger
+    found = Traffic(calls=ledger.calls, bytes=ledger.bytes, wire_bytes=ledger.wire_bytes)
+    expected = of_weights(hyper, mesh, policy)
+    of_batch = feature_traffic(hyper, RankRows.of(batch.graph), graph=mesh.graph, tensor=mesh.tensor)
+    expected.add(of_batch, MICRO_BATCHES)
+    return Measured(found=found, expected=expected, seconds=(opened - start, time.monotonic() - opened))
