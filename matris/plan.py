@@ -109,20 +109,19 @@ class Planner:
 
         def least() -> float:
             work = self._work(own, grid.graph, grid.tensor, "none")
-            # The ranks' last micro-batches may be smaller.
-            share = self.job.global_batch / (grid.data * grid.shard) / own
             where, total = places(grid, self.job.devices_per_node), 0.0
             features = self._features(own, layout)
             for optimistic in (False, True):
                 times = seconds(features, where, self.job.machine, optimistic=optimistic)
                 sent = sum(time for key, time in times.items() if key not in _HIDDEN)
-                total += share * (self.job.imbalance * work.seconds(self.job, optimistic=optimistic) + sent)
+                total += self.job.imbalance * work.seconds(self.job, optimistic=optimistic) + sent
             return total
 
         return self._once(("least", own, grid.graph, grid.tensor), least)
 
     def _own(self, grid: Grid) -> int:
-        """Structures of an update that one rank has, or several of the graph and tensor axes together."""
+        """Structures of an update that one rank has, or several of the graph and tensor axes together: all wait for
+        those that have one more than others."""
         batch_ranks = grid.data * grid.shard
         if self.job.global_batch < batch_ranks:
             raise NoPlanError(
@@ -214,8 +213,8 @@ class Planner:
         job = self.job
         where = places(grid, job.devices_per_node)
         blocking, hidden = self._traffic(layout, grid, micro_batch, micro_batches)
+        own, mean = self._own(grid), job.global_batch / (grid.data * grid.shard)
         # The last micro-batch of a rank may be smaller than the others.
-        own = job.global_batch / (grid.data * grid.shard)
         share = own / (micro_batch * micro_batches)
         work = self._work(micro_batch, layout.graph, layout.tensor, recompute)
         num_updated = memory.weights / (COPIES * _ITEMSIZE)
@@ -231,9 +230,9 @@ class Planner:
                 )
             )
         low, high = times
-        flops = share * micro_batches * work.flops
+        flops = mean / own * share * micro_batches * work.flops
         peak = job.machine.flops_per_s(FORMATS[job.precision][0])
-        efficiencies = [(time.computation / job.imbalance + time.update) / time.step for time in times]
+        efficiencies = [(mean / own * time.computation / job.imbalance + time.update) / time.step for time in times]
         traffic = Traffic()
         for part in (blocking, hidden):
             traffic.add(part)
@@ -316,14 +315,12 @@ class Planner:
             ("experts", micro_batch, layout.graph, layout.tensor, layout.expert, layout.policy, layout.placement),
             lambda: self._expert_traffic(layout, micro_batch),
         )
-        blocking, hidden = Traffic(), Traffic()
+        blocking = Traffic()
         for traffic, times in ((features, micro_batches), (weights, 1), (tokens, micro_batches)):
-            for key in traffic.calls:
-                target = hidden if key in _HIDDEN else blocking
-                for name in ("calls", "bytes", "wire_bytes"):
-                    getattr(target, name)[key] += times * getattr(traffic, name)[key]
+            blocking.add(traffic, times)
+        hidden = blocking.of(_HIDDEN)
         hidden.add(experts, micro_batches)
-        return blocking, hidden
+        return blocking.of(blocking.calls.keys() - set(_HIDDEN)), hidden
 
     def _features(self, micro_batch: int, layout: Layout) -> Traffic:
         return self._once(

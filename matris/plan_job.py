@@ -133,11 +133,11 @@ class Prediction:
         micro_batch, micro_batches: structures of one, and how many of them a rank takes for an update.
         recompute: policy.
         memory: of a rank.
-        flops: of a rank's products in a step, without those that recomputation adds.
+        flops: of a rank's products in a step, in the mean over ranks, without those that recomputation adds.
         traffic: all collectives of a rank in a step.
         pessimistic, optimistic: times.
-        efficiency: computation without imbalance and update, over the step: against one replica that need not
-            communicate.
+        efficiency: computation and update over the step, in the mean over ranks: against one replica that need not
+            communicate or wait.
         structures_per_s: of all ranks.
         mfu: `flops` over what the device could do in the time of the step.
     """

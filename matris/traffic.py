@@ -8,7 +8,7 @@ ranks of 1024 and 16384.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from janus.comm.traffic import SizedAxis, Traffic
@@ -83,16 +83,11 @@ def feature_traffic(
         raise ValueError("model.smooth_attention is false: what such a model sends is not predicted")
     count = _Count(hyper=hyper, rows=rows, graph=graph, tensor=tensor, itemsize=itemsize)
     count.geometry()
-    for block in range(hyper.num_layers):
-        is_last = block == hyper.num_layers - 1
-        count.line_attention()
-        # In the first block the atoms' features are those of their elements.
-        if hyper.num_moe_experts and not hyper.separable_attention:
-            count.expert_attention(nodes_move=block > 0)
-        else:
-            count.atom_attention(nodes_move=block > 0)
-        count.line_refinement(is_last=is_last)
-        count.atom_refinement(is_last=is_last)
+    last = hyper.num_layers - 1
+    # In the first block the atoms' features are those of their elements; those between first and last are alike.
+    for block, times in ((0, 1), (1, max(0, last - 1)), (last, int(last > 0))):
+        if times:
+            count.block(nodes_move=block > 0, is_last=block == last, times=times)
     # Sums of interaction and reference energies, whose gradient is a constant.
     count.traffic.all_reduce(graph, 2, rows.structures * _GEOMETRY)
     return count.traffic
@@ -164,6 +159,17 @@ class _Count:
         self.copy(rows.angles * self.itemsize, weights=False)
         for _basis in ("pair", "line"):
             self.copy(local * hyper.num_radial * self.itemsize, weights=learns_basis)
+
+    def block(self, *, nodes_move: bool, is_last: bool, times: int) -> None:
+        one = replace(self, traffic=Traffic())
+        one.line_attention()
+        if self.hyper.num_moe_experts and not self.hyper.separable_attention:
+            one.expert_attention(nodes_move=nodes_move)
+        else:
+            one.atom_attention(nodes_move=nodes_move)
+        one.line_refinement(is_last=is_last)
+        one.atom_refinement(is_last=is_last)
+        self.traffic.add(one.traffic, times)
 
     def line_attention(self) -> None:
         rows, row = self.rows, self.row

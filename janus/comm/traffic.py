@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -30,7 +31,7 @@ class PlainAxis:
     size: int
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Traffic:
     """What one rank hands to its collectives, keyed by axis and name; see `janus.comm.ledger.Ledger`.
 
@@ -67,13 +68,20 @@ class Traffic:
 
     def add(self, other: Traffic, times: int = 1) -> None:
         """Adds what other traffic has, so many times."""
-        for name in ("calls", "bytes", "wire_bytes"):
-            for key, value in getattr(other, name).items():
-                getattr(self, name)[key] += times * value
+        for mine, others in zip(self._counters(), other._counters(), strict=True):
+            for key, value in others.items():
+                mine[key] = mine.get(key, 0) + times * value
+
+    def of(self, keys: Collection[str]) -> Traffic:
+        """That of some collectives alone."""
+        return Traffic(*(Counter({key: each[key] for key in each if key in keys}) for each in self._counters()))
+
+    def _counters(self) -> tuple[Counter[str], Counter[str], Counter[str]]:
+        return self.calls, self.bytes, self.wire_bytes
 
     def _add(self, axis: SizedAxis, collective: str, times: int, num_bytes: float, wire_bytes: float) -> None:
         if axis.size > 1 and times:
             key = f"{axis.name}/{collective}"
-            self.calls[key] += times
-            self.bytes[key] += times * num_bytes  # type: ignore[assignment]  # estimates may be fractions
-            self.wire_bytes[key] += times * wire_bytes  # type: ignore[assignment]
+            values = (times, times * num_bytes, times * wire_bytes)
+            for counter, value in zip(self._counters(), values, strict=True):
+                counter[key] = counter.get(key, 0) + value  # type: ignore[assignment]  # estimates may be fractions

@@ -155,6 +155,13 @@ def test_time_grows_with_imbalance_and_distance() -> None:
     assert apart.traffic == even.traffic
 
 
+def test_all_wait_for_the_rank_with_one_structure_more() -> None:
+    even, uneven = (Planner(job(global_batch=size)).predict(parse_layout("dp8")) for size in (16, 12))
+    assert uneven.pessimistic.step == even.pessimistic.step
+    assert uneven.flops == pytest.approx(0.75 * even.flops)
+    assert uneven.efficiency.high < 0.76
+
+
 def test_the_least_recomputation_that_fits() -> None:
     hyper = PRESETS["l"]
     needed = {

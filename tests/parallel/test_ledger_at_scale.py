@@ -31,7 +31,13 @@ CONFIGS = {
 }
 WITH_EXPERTS = {
     "experts": replace(
-        SMALL, num_elements=20, num_moe_experts=4, moe_router_topk=2, moe_ffn_hidden_size=32, kv_channels=2
+        SMALL,
+        num_layers=4,
+        num_elements=20,
+        num_moe_experts=4,
+        moe_router_topk=2,
+        moe_ffn_hidden_size=32,
+        kv_channels=2,
     ),
     "experts around separable attention": replace(
         SMALL, num_moe_experts=4, moe_router_topk=2, moe_ffn_hidden_size=32, separable_attention=True

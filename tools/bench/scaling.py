@@ -299,6 +299,7 @@ def _draw(report: dict[str, Any], path: Path) -> None:
             for bound in bounds:
                 axes.plot(ranks, bound, color=f"C{index}", linewidth=0.8)
         axes.set_xscale("log", base=2)
+        axes.set_xticks(ranks[::3], [str(number) for number in ranks[::3]])
         axes.set_ylim(0.0, 110.0)
         axes.set_xlabel("GPUs")
         axes.set_ylabel("structures/s per GPU, % of the fewest GPUs")
