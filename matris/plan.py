@@ -17,7 +17,7 @@ machine's peaks, and has four parts:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -89,7 +89,7 @@ class Planner:
             NoPlanError: it is not possible, or does not fit into the memory.
         """
         grid = self.grid(layout)
-        filled = Layout(**{**vars(layout), "data": grid.data})
+        filled = replace(layout, data=grid.data)
         own = self._own(grid)
         key = ("fitting", own, grid.shard, grid.graph, grid.tensor, grid.expert, layout.policy, layout.placement)
         micro_batch, recompute, memory = self._once(key, lambda: self._fitting(filled, own))
@@ -336,6 +336,7 @@ class Planner:
     def _weight_traffic(self, layout: Layout, grid: Grid, micro_batches: int) -> Traffic:
         weights = self._sizes(layout)
         modules = self.model.sharding_units() if layout.shard > 1 else ()
+        still = (self.model.atom_embedding, self.model.task_embedding)  # wherever the atoms are
         replicas = grid.data * grid.shard * grid.graph
         pieces = [-(-size // layout.expert) for size in weights.experts]
         sizes = {
@@ -352,7 +353,7 @@ class Planner:
                     size,
                     layout.shard,
                     itemsize=_ITEMSIZE,
-                    in_force_pass=module is not self.model.atom_embedding,
+                    in_force_pass=module not in still,
                 )
                 for module, size in zip(modules, weights.units, strict=True)
             ],

@@ -70,7 +70,8 @@ class RankRows:
 def feature_traffic(
     hyper: ModelConfig, rows: RankRows, *, graph: SizedAxis, tensor: SizedAxis, itemsize: int = 4
 ) -> Traffic:
-    """Of the three passes of a micro-batch with energies, forces and stress; of smooth attention.
+    """Of the three passes of a micro-batch with energies, forces and stress; of smooth attention, and without the sums
+    of compositions that several levels of theory need, a row per structure.
 
     Args:
         graph, tensor: axes.

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 DEFAULT_STRUCTURE = Workload(atoms=110.0, edges=7600.0, angles=92000.0)
 """473 million structures with 3.6e12 edges, which arXiv 2604.15821 trains on, have 7 600 each; atoms for 70 edges per
 atom within 6 Angstrom, and angles for an even density and 4.5 Angstrom."""
+_BEST = 8
 _POLICIES = ("auto", "none", "selective", "all", "full")
 
 
@@ -50,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--layout", metavar="NAME", help="such as fsdp8xgp4xep8, as `verify` writes them")
     parser.add_argument("--search", action="store_true", help="find the best layout")
-    parser.add_argument("--best", type=int, default=8, help="layouts to show of a search")
+    parser.add_argument("--best", type=int, metavar="N", help=f"layouts to show of a search (default: {_BEST})")
     parser.add_argument("--data", nargs="+", metavar="PATH", help="data sets whose mean sizes count")
     for name, value in vars(DEFAULT_STRUCTURE).items():
         parser.add_argument(f"--{name}", type=float, help=f"mean number in a structure (default: {value:g})")
@@ -77,6 +78,8 @@ def main(arguments: list[str]) -> int:
             parser.error(f"--{name} is {value}: it must be at least 1")
     if options.search and options.layout is not None:
         parser.error("--search looks at all layouts: leave out --layout")
+    if options.best is not None and not options.search:
+        parser.error("--best is of a search: leave it out, or add --search")
     if not options.search and options.layout is None and options.config is None:
         parser.error("give a layout (--layout fsdp8xgp4), or --search for the best one")
     if options.data and any(getattr(options, name) is not None for name in vars(DEFAULT_STRUCTURE)):
@@ -116,8 +119,8 @@ def main(arguments: list[str]) -> int:
         recompute=_recompute(options, config),
         imbalance=options.imbalance,
     )
-    found = search(job, keep=options.best) if options.search else None
-    predictions = (Planner(job).predict(_layout(options, config)),) if found is None else found.best
+    found = search(job, keep=options.best or _BEST) if options.search else None
+    predictions = (Planner(job).predict(_layout(options, config, ranks)),) if found is None else found.best
     lines = [*job_lines(job), ""]
     if found is not None:
         lines += [*search_lines(found.best, found.possible, found.dropped), "", "the best of them:"]
@@ -130,12 +133,24 @@ def main(arguments: list[str]) -> int:
 def _read(path: str) -> TrainConfig:
     from matris.cli.train import parse
 
-    return parse(["--config", path])
+    config = parse(["--config", path])
+    if config.parallel.expert_fp16_wire or config.training.compile != "none":
+        raise ValueError(
+            f"{path}: parallel.expert_fp16_wire is {config.parallel.expert_fp16_wire} and training.compile is "
+            f"{config.training.compile}: neither is predicted; plan without them, which sends no less"
+        )
+    return config
 
 
-def _layout(options: argparse.Namespace, config: TrainConfig | None) -> Layout:
+def _layout(options: argparse.Namespace, config: TrainConfig | None, ranks: int) -> Layout:
     if options.layout is not None:
-        return parse_layout(options.layout)
+        layout = parse_layout(options.layout)
+        if any(factor.startswith("dp") for factor in options.layout.split("x")) and layout.num_ranks != ranks:
+            raise ValueError(
+                f"--layout {options.layout} has {layout.num_ranks} ranks, but there are {ranks}: leave out dp, which "
+                "is then as large as it must be, or ask for other nodes"
+            )
+        return layout
     assert config is not None
     parallel = config.parallel
     return Layout(

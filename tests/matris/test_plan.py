@@ -304,6 +304,9 @@ def test_the_settings_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "24 structures, tf32" in shown
     assert "layout             dp2xfsdp4" in shown
     assert "recompute all" in shown
+    config.write_text(config.read_text().replace("recompute: all", "compile: blocks"))
+    assert main(["plan", "--config", str(config), "--nodes", "1"]) == 2
+    assert "training.compile is blocks: neither is predicted" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -312,6 +315,7 @@ def test_the_settings_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str
         ((), "give a layout"),
         (("--search", "--layout", "fsdp2"), "leave out --layout"),
         (("--search", "--nodes", "0"), "--nodes is 0"),
+        (("--layout", "fsdp2", "--best", "3"), "--best is of a search"),
         (("--search", "--data", "x.h5", "--atoms", "5"), "--data has sizes of its own"),
     ],
 )
@@ -328,6 +332,7 @@ def test_options_that_do_not_fit(words: tuple[str, ...], message: str, capsys: p
         (("--search", "--gpus_per_node", "9"), "--gpus_per_node is 9, but a node of"),
         (("--layout", "fsdp5"), "16 ranks do not divide"),
         (("--layout", "xy"), "layout 'xy'"),
+        (("--layout", "dp2xfsdp4"), "has 8 ranks, but there are 16: leave out dp"),
     ],
 )
 def test_values_that_do_not_fit(words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
