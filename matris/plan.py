@@ -167,7 +167,8 @@ class Planner:
             return wanted, policy, memory
         least, most = wanted, own
         while least < most:
-            middle = (least + most + 1) // 2
+            # Few fit as a rule: by doubling until too many are found, then between.
+            middle = min(2 * least, most) if most == own else (least + most + 1) // 2
             found = self._memory(layout, middle, policy)
             if found.total <= found.available:
                 least, memory = middle, found
