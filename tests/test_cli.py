@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
@@ -89,24 +88,20 @@ def test_unknown_verb_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"janus-matris {__version__}\n"
 
 
-def test_help_is_quick_and_names_every_verb() -> None:
-    seconds, done = run("--help")
-    assert done.returncode == 0
-    assert all(re.search(rf"^  {verb} ", done.stdout, re.MULTILINE) for verb in cli.VERBS)
-    assert seconds < 1.0
+def test_help_names_every_verb() -> None:
+    done = help_without_torch()
+    assert all(re.search(rf"^  {verb} ", done, re.MULTILINE) for verb in cli.VERBS)
 
 
 @pytest.mark.parametrize("verb", cli.VERBS)
 def test_help_of_a_verb(verb: str) -> None:
-    seconds, done = run(verb, "--help")
-    assert done.returncode == 0, done.stderr
-    assert f"janus-matris {verb}" in done.stdout
-    assert seconds < 1.5
+    assert f"janus-matris {verb}" in help_without_torch(verb)
 
 
 @pytest.mark.parametrize("verb", cli.VERBS)
 def test_unknown_option_is_refused(verb: str) -> None:
-    _, done = run(verb, "--no-such-option", "1")
+    command = [sys.executable, "-m", "matris", verb, "--no-such-option", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert done.stderr
@@ -118,18 +113,19 @@ def test_broken_pipe_is_quiet() -> None:
     assert "Traceback" not in done.stderr
 
 
-def run(*arguments: str) -> tuple[float, subprocess.CompletedProcess[str]]:
-    """Seconds (the better of two, against noise) and result of the command."""
-    times = []
-    for _ in range(2):
-        start = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-m", "matris", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
-        )
-        times.append(time.perf_counter() - start)
-        if times[-1] < 1.0:
-            break
-    return min(times), done
+def help_without_torch(*verb: str) -> str:
+    """The text of --help, which must be quick: what costs seconds to import is not imported for it."""
+    code = (
+        "import sys; from matris.cli import main\n"
+        "try: status = main(sys.argv[1:])\n"
+        "except SystemExit as end: status = end.code\n"
+        "slow = {'torch', 'megatron', 'ase', 'scipy', 'matplotlib'} & set(sys.modules)\n"
+        "sys.exit(status or (f'imports {sorted(slow)}' if slow else 0))"
+    )
+    command = [sys.executable, "-c", code, *verb, "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_import_is_quiet() -> None:
