@@ -210,8 +210,9 @@ def test_two_ranks_by_slurm_variables_give_the_same_weights(folder: Path, finish
     assert [process.returncode for process in processes] == [0, 0], shown
     assert "2 x cpu" in shown[0]
     assert shown[1] == ""
+    found = weights(output)
     for name, value in weights(finished).items():
-        torch.testing.assert_close(weights(output)[name], value, rtol=1e-3, atol=1e-5, msg=name)
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_fine_tuning_starts_from_the_base_model(
