@@ -4,9 +4,10 @@
 
 The reference is PyPI `matris` 0.1.0, whose name ours would shadow, so it lives in an environment of its own. First both
 sides must agree, from the same weights, on energy, forces, stress, loss and the norm of its weight gradient; then each
-side is timed in fresh processes in the order A B B A. A step is: join the graphs into a batch, predict with recorded
-derivatives, loss of energy, forces and stress, second backward pass, AdamW (torch's default one for the reference,
-which has no training code; ours as in a run). Neighbour lists are made before.
+side is timed in fresh processes, in turn and back again (A B B A, or A B C C B A with several variants of ours). A step
+is: join the graphs into a batch, predict with recorded derivatives, loss of energy, forces and stress, second backward
+pass, AdamW (torch's default one for the reference, which has no training code; ours as in a run). Neighbour lists are
+made before.
 Peak memory is ru_maxrss of the process: interpreter, libraries and everything.
 LD_PRELOAD holds for both sides: an allocator such as tcmalloc changes time and memory of both (docs/benchmarks.md).
 """
@@ -34,13 +35,23 @@ GPA = 1.0 / 160.21766208  # eV/A^3
 WEIGHTS = {"energy": 5.0, "forces": 5.0, "stress": 16.0}  # per eV/atom, eV/A, eV/A^3
 TOLERANCE = {"energy": 1e-5, "forces": 1e-4, "stress": 1e-4, "loss": 1e-4, "gradient_norm": 1e-3}
 """Largest difference allowed, relative to the largest value: both sides compute in fp32."""
+VARIANTS = ("default", "none", "all", "full", "kernels", "blocks")
+"""Ours: as `training` has it by default, with another `training.recompute`, or with compiled kernels or blocks."""
+SYSTEMS = ("nacl", "tio2", "molecules")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reference_python", required=True, help="python of an environment with PyPI matris 0.1.0")
     parser.add_argument(
-        "--repeats", type=int, nargs="+", default=[1, 2], help="NaCl cells along each axis (8 n^3 atoms)"
+        "--systems",
+        nargs="+",
+        default=["nacl:1", "nacl:2"],
+        help="rock salt (nacl:N, 8 N^3 atoms), rutile (tio2:N, 6 N^3 atoms) or N molecules of ethanol (molecules:N)",
+    )
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["default"], help="of ours")
+    parser.add_argument(
+        "--without_reference", action="store_true", help="time ours alone, where the reference is too large"
     )
     parser.add_argument("--layers", type=int, default=6, help="interaction blocks of the released-like model")
     parser.add_argument("--width", type=int, default=128, help="feature width")
@@ -50,7 +61,6 @@ def main() -> int:
     parser.add_argument(
         "--smooth", action="store_true", help="time ours with smooth attention (its default in training)"
     )
-    parser.add_argument("--compile", action="store_true", help="ours with training.kernels compiled")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args()
     if options.output is not None and not options.output.parent.is_dir():
@@ -66,41 +76,50 @@ def main() -> int:
 
 
 def _compare(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
-    pythons = {"reference": options.reference_python, "ours": sys.executable}
-
-    def work(side: str, verb: str, repeat: int, **settings: Any) -> dict[str, Any]:
+    def work(side: str, verb: str, system: str, **settings: Any) -> dict[str, Any]:
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         environment["OMP_NUM_THREADS"] = str(options.threads)
-        settings |= {"directory": str(directory), "repeat": repeat, "threads": options.threads}
+        settings |= {"directory": str(directory), "system": system, "threads": options.threads}
         settings |= {"layers": options.layers, "width": options.width}
-        command = [pythons[side], str(Path(__file__).resolve()), "worker", side, verb, json.dumps(settings)]
+        python = options.reference_python if side == "reference" else sys.executable
+        command = [python, str(Path(__file__).resolve()), "worker", side, verb, json.dumps(settings)]
         done = subprocess.run(command, env=environment, cwd=directory, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"worker {side} {verb} failed:\n{done.stderr}")
         return json.loads(done.stdout.splitlines()[-1])
 
-    sizes = []
-    for repeat in options.repeats:
-        expected, ours = work("reference", "predict", repeat), work("ours", "predict", repeat)
-        difference = {name: _relative(ours[name], expected[name]) for name in TOLERANCE}
+    sides = [*([] if options.without_reference else ["reference"]), *options.variants]
+    found, versions = [], {}
+    for system in options.systems:
+        # Where the reference is not timed, its weights and labels are those of the smallest system.
+        expected = work("reference", "predict", system if not options.without_reference else "nacl:1")
+        ours = work("ours", "predict", system, labelled=not options.without_reference)
+        versions = {"reference": expected["versions"], "ours": ours["versions"]}
+        difference = {}
+        if not options.without_reference:
+            difference = {name: _relative(ours[name], expected[name]) for name in TOLERANCE}
         for name, value in difference.items():
             if not value <= TOLERANCE[name]:
-                raise SystemExit(f"{8 * repeat**3} atoms: {name} differs by {value:.1e}, allowed {TOLERANCE[name]:.0e}")
-        runs: dict[str, list[dict[str, Any]]] = {"reference": [], "ours": []}
-        for side in ("reference", "ours", "ours", "reference") * options.rounds:
-            print(f"{8 * repeat**3} atoms: timing {side}", file=sys.stderr)
-            smooth = options.smooth and side == "ours"
-            compiled = options.compile and side == "ours"
-            runs[side].append(work(side, "time", repeat, steps=options.steps, smooth=smooth, compile=compiled))
-        sides = {side: _summary(results) for side, results in runs.items()}
-        sizes.append(
+                raise SystemExit(f"{system}: {name} differs by {value:.1e}, allowed {TOLERANCE[name]:.0e}")
+        runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+        for side in [*sides, *reversed(sides)] * options.rounds:
+            print(f"{system}: timing {side}", file=sys.stderr)
+            of_ours = {"smooth": options.smooth, "variant": side, "labelled": not options.without_reference}
+            of_ours = {} if side == "reference" else of_ours
+            which = "reference" if side == "reference" else "ours"
+            runs[side].append(work(which, "time", system, steps=options.steps, **of_ours))
+        results = {side: _summary(entries) for side, entries in runs.items()}
+        control = results[sides[0]]
+        for entry in results.values():
+            entry["faster"] = control["median_s"] / entry["median_s"]
+            entry["memory"] = entry["peak_MiB"] / control["peak_MiB"]
+        found.append(
             {
-                "num_atoms": 8 * repeat**3,
+                "system": system,
+                "num_atoms": ours["num_atoms"],
                 "num_angles": ours["num_angles"],
                 "relative_difference": difference,
-                **sides,
-                "speedup": sides["reference"]["median_s"] / sides["ours"]["median_s"],
-                "memory_ratio": sides["ours"]["peak_MiB"] / sides["reference"]["peak_MiB"],
+                "sides": results,
             }
         )
     return {
@@ -110,10 +129,9 @@ def _compare(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
         "width": options.width,
         "parameters": ours["num_parameters"],
         "smooth": options.smooth,
-        "compiled": options.compile,
         "preloaded": os.environ.get("LD_PRELOAD", ""),
-        "versions": {"reference": expected["versions"], "ours": ours["versions"]},
-        "sizes": sizes,
+        "versions": versions,
+        "systems": found,
     }
 
 
@@ -137,22 +155,20 @@ def _table(report: dict[str, Any]) -> str:
         f"{report['layers']} layers, width {report['width']}, {report['parameters']} parameters, fp32, "
         f"{report['threads']} threads"
         + (", ours smooth" if report["smooth"] else "")
-        + (", ours compiled" if report["compiled"] else "")
-        + (f", both with {report['preloaded']}" if report["preloaded"] else ""),
-        "| atoms | angles | side | s per step (median) | spread | peak MiB | faster | memory |",
-        "|---|---|---|---|---|---|---|---|",
+        + (f", all with {report['preloaded']}" if report["preloaded"] else ""),
+        "| system | atoms | angles | side | s per step (median) | spread | peak MiB | faster | memory |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for size in report["sizes"]:
-        for side in ("reference", "ours"):
-            facts = size[side]
-            last = f"{size['speedup']:.2f} x | {size['memory_ratio']:.2f}" if side == "ours" else " | "
+    for entry in report["systems"]:
+        for side, facts in entry["sides"].items():
             lines.append(
-                f"| {size['num_atoms']} | {size['num_angles']} | {side} | {facts['median_s']:.3f} | "
-                f"{facts['spread_s']:.3f} | {facts['peak_MiB']:.0f} | {last} |"
+                f"| {entry['system']} | {entry['num_atoms']} | {entry['num_angles']} | {side} | "
+                f"{facts['median_s']:.3f} | {facts['spread_s']:.3f} | {facts['peak_MiB']:.0f} | "
+                f"{facts['faster']:.2f} x | {facts['memory']:.2f} |"
             )
-    for size in report["sizes"]:
-        shown = ", ".join(f"{name} {value:.0e}" for name, value in size["relative_difference"].items())
-        lines.append(f"relative differences, {size['num_atoms']} atoms: {shown}")
+    for entry in report["systems"]:
+        shown = ", ".join(f"{name} {value:.0e}" for name, value in entry["relative_difference"].items())
+        lines.append(f"relative differences, {entry['system']}: {shown or 'not compared'}")
     return "\n".join(lines)
 
 
@@ -181,20 +197,65 @@ def _peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024.0**2 if sys.platform == "darwin" else 1024.0)
 
 
-def _system(repeat: int) -> dict[str, np.ndarray]:
-    """Rattled rocksalt NaCl, (2 repeat)^3 atoms, and errors that the labels have against the prediction."""
-    length = 5.64
-    corners = np.stack(np.meshgrid(*[np.arange(2 * repeat)] * 3, indexing="ij"), axis=-1).reshape(-1, 3)
+def _system(name: str) -> list[dict[str, np.ndarray]]:
+    """Rattled structures, and errors that the labels have against the prediction."""
+    kind, _, number = name.partition(":")
+    count = int(number)
+    if kind not in SYSTEMS or count < 1:
+        raise ValueError(f"system {name!r}: choose nacl:N, tio2:N or molecules:N")
     rng = np.random.default_rng(1)
-    count = len(corners)
+    return [_structure(kind, count, rng) for _ in range(count if kind == "molecules" else 1)]
+
+
+def _structure(kind: str, repeat: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    numbers, positions, cell = _ETHANOL if kind == "molecules" else _NACL if kind == "nacl" else _RUTILE
+    numbers, positions, cell = np.array(numbers), np.array(positions), np.array(cell)
+    if kind != "molecules":
+        shifts = np.stack(np.meshgrid(*[np.arange(repeat)] * 3, indexing="ij"), axis=-1).reshape(-1, 3) @ cell
+        positions = (shifts[:, None] + positions).reshape(-1, 3)
+        numbers, cell = np.tile(numbers, len(shifts)), cell * repeat
     return {
-        "numbers": np.where(corners.sum(axis=1) % 2 == 0, 11, 17),
-        "positions": corners * length / 2 + rng.normal(0.0, 0.08, (count, 3)),
-        "cell": np.eye(3) * length * repeat,
+        "numbers": numbers,
+        "positions": positions + rng.normal(0.0, 0.08 if kind == "nacl" else 0.05, positions.shape),
+        "cell": cell,
         "energy_error": np.array(0.02),  # eV/atom
-        "forces_error": rng.normal(0.0, 0.1, (count, 3)),  # eV/A
+        "forces_error": rng.normal(0.0, 0.1, positions.shape),  # eV/A
         "stress_error": rng.normal(0.0, 0.002, (3, 3)),  # eV/A^3
     }
+
+
+_CORNERS = [(i, j, k) for i in (0, 1) for j in (0, 1) for k in (0, 1)]
+_NACL = (
+    [11 if sum(corner) % 2 == 0 else 17 for corner in _CORNERS],
+    [[2.82 * value for value in corner] for corner in _CORNERS],
+    np.eye(3) * 5.64,
+)
+"""Numbers, positions and cell, A; so are the others."""
+_U = 0.305
+_RUTILE = (
+    [22, 22, 8, 8, 8, 8],
+    np.array(
+        [[0, 0, 0], [0.5, 0.5, 0.5], [_U, _U, 0], [-_U, -_U, 0], [0.5 + _U, 0.5 - _U, 0.5], [0.5 - _U, 0.5 + _U, 0.5]]
+    )
+    * [4.594, 4.594, 2.959],
+    np.diag([4.594, 4.594, 2.959]),
+)
+_ETHANOL = (
+    [6, 6, 8, 1, 1, 1, 1, 1, 1],
+    [
+        [1.168, -0.382, 0.0],
+        [0.0, 0.560, 0.0],
+        [-1.190, -0.215, 0.0],
+        [-1.946, 0.381, 0.0],
+        [0.043, 1.207, 0.886],
+        [0.043, 1.207, -0.886],
+        [2.116, 0.145, 0.0],
+        [1.129, -1.019, 0.880],
+        [1.129, -1.019, -0.880],
+    ],
+    np.eye(3) * 20.0,
+)
+"""In a box whose images do not see each other: the reference knows periodic structures only."""
 
 
 def _finish(optimizer: Any, parameters: list[Any], loss: Any) -> dict[str, float]:
@@ -226,32 +287,43 @@ def _reference_side(settings: dict[str, Any], *, predict: bool) -> tuple[Callabl
     checkpoint = Path(settings["directory"]) / "reference.pth.tar"
     if predict:
         torch.save({"config": model.config, "state_dict": model.state_dict()}, checkpoint)
-    system = _system(settings["repeat"])
-    structure = Structure(
-        Lattice(system["cell"]), system["numbers"], system["positions"], coords_are_cartesian=True, to_unit_cell=False
-    )
-    graph = model.graph_converter(structure)
-    labels = Path(settings["directory"]) / f"labels{settings['repeat']}.npz"
+    systems = _system(settings["system"])
+    graphs = [
+        model.graph_converter(
+            Structure(
+                Lattice(system["cell"]),
+                system["numbers"],
+                system["positions"],
+                coords_are_cartesian=True,
+                to_unit_cell=False,
+            )
+        )
+        for system in systems
+    ]
+    labels = Path(settings["directory"]) / f"labels_{settings['system']}.npz"
     facts: dict[str, Any] = {}
     if predict:
-        result = model([graph], task="efs")
-        values = {
-            "energy": result["e"].detach().double().numpy(),
-            "forces": result["f"][0].detach().double().numpy(),
-            "stress": result["s"][0].detach().double().numpy() * GPA,
-        }
-        np.savez(labels, **{name: value + system[f"{name}_error"] for name, value in values.items()})
-        facts = {name: value.tolist() for name, value in values.items()}
+        result = model(graphs, task="efs")
+        energy = result["e"].detach().double().numpy().reshape(-1)
+        forces = [value.detach().double().numpy() for value in result["f"]]
+        stress = np.stack([value.detach().double().numpy() for value in result["s"]]) * GPA
+        np.savez(
+            labels,
+            energy=energy + np.array([system["energy_error"] for system in systems]),
+            forces=np.concatenate([value + system["forces_error"] for value, system in zip(forces, systems)]),  # noqa: B905
+            stress=stress + np.stack([system["stress_error"] for system in systems]),
+        )
+        facts = {"energy": energy.tolist(), "forces": np.concatenate(forces).tolist(), "stress": stress.tolist()}
     target = {name: torch.from_numpy(value).float() for name, value in np.load(labels).items()}
     parameters = [value for value in model.parameters() if value.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=1e-2)
 
     def loss() -> torch.Tensor:
-        result = model([graph], task="efs", is_training=True)
+        result = model(graphs, task="efs", is_training=True)
         return (
-            WEIGHTS["energy"] * (result["e"] - target["energy"]).abs().mean()
-            + WEIGHTS["forces"] * (result["f"][0] - target["forces"]).norm(dim=1).mean()
-            + WEIGHTS["stress"] * (result["s"][0] * GPA - target["stress"]).abs().mean()
+            WEIGHTS["energy"] * (result["e"].reshape(-1) - target["energy"]).abs().mean()
+            + WEIGHTS["forces"] * (torch.cat(list(result["f"])) - target["forces"]).norm(dim=1).mean()
+            + WEIGHTS["stress"] * (torch.stack(list(result["s"])) * GPA - target["stress"]).abs().mean()
         )
 
     def step() -> None:
@@ -283,7 +355,8 @@ def _our_side(settings: dict[str, Any], *, predict: bool) -> tuple[Callable[[], 
     from matris.reference import convert_reference
 
     keep_freed_memory()
-    use_kernels("compiled" if settings.get("compile", False) else "torch", torch.device("cpu"))
+    variant = settings.get("variant", "default")
+    use_kernels("compiled" if variant == "kernels" else "torch", torch.device("cpu"))
     directory = Path(settings["directory"])
     if not (directory / "model").exists():
         convert_reference(directory / "reference.pth.tar", directory / "model")
@@ -292,25 +365,50 @@ def _our_side(settings: dict[str, Any], *, predict: bool) -> tuple[Callable[[], 
         smooth = MatRIS(dataclasses.replace(model.hyper, smooth_attention=True))
         smooth.load_state_dict(model.state_dict())
         model = smooth
-    system = _system(settings["repeat"])
-    structure = Structure(
-        numbers=system["numbers"], positions=system["positions"], cell=system["cell"], pbc=np.ones(3, dtype=bool)
-    )
+    if variant == "blocks":
+        model.compile_blocks(or_plain=False)
+    elif variant in ("none", "all", "full"):
+        model.set_recompute(variant)
     hyper = model.hyper
-    graph = build_graph(structure, pairwise_cutoff=hyper.pairwise_cutoff, three_body_cutoff=hyper.three_body_cutoff)
-    count = structure.num_atoms
-    facts: dict[str, Any] = {"num_angles": graph.num_angles, "num_parameters": num_parameters(model)}
-    if predict:
-        result = model(collate_graphs([graph]))
-        facts["energy"] = (result.energy / count).tolist()
+    structures = [
+        Structure(
+            numbers=system["numbers"], positions=system["positions"], cell=system["cell"], pbc=np.ones(3, dtype=bool)
+        )
+        for system in _system(settings["system"])
+    ]
+    cutoffs = {"pairwise_cutoff": hyper.pairwise_cutoff, "three_body_cutoff": hyper.three_body_cutoff}
+    graphs = [build_graph(structure, **cutoffs) for structure in structures]
+    counts = [structure.num_atoms for structure in structures]
+    facts: dict[str, Any] = {
+        "num_atoms": sum(counts),
+        "num_angles": sum(graph.num_angles for graph in graphs),
+        "num_parameters": num_parameters(model),
+    }
+    result = model(collate_graphs(graphs)) if predict else None
+    if result is not None:
+        facts["energy"] = (result.energy / torch.tensor(counts)).tolist()
         facts["forces"] = result.forces.tolist()
-        facts["stress"] = result.stress[0].tolist()
-    target = np.load(directory / f"labels{settings['repeat']}.npz")
+        facts["stress"] = result.stress.tolist()
+    if settings.get("labelled", True):
+        target = dict(np.load(directory / f"labels_{settings['system']}.npz"))
+    else:
+        target = {"energy": np.zeros(len(counts)), "forces": np.zeros((sum(counts), 3))}
+        target["stress"] = np.zeros((len(counts), 3, 3))
+    of_each = np.split(target["forces"], np.cumsum(counts)[:-1])
     labels = collate_labels(
-        [Labels(energy=float(target["energy"][0]) * count, forces=target["forces"], stress=target["stress"])], [count]
+        [
+            Labels(energy=float(energy) * count, forces=forces, stress=stress)
+            for energy, forces, stress, count in zip(target["energy"], of_each, target["stress"], counts, strict=True)
+        ],
+        counts,
     )
+    number = float(len(counts))
     totals = LabelTotals(
-        energy_structures=1.0, forces_structures=1.0, forces_atoms=count, stress_structures=1.0, magmoms_atoms=0.0
+        energy_structures=number,
+        forces_structures=number,
+        forces_atoms=sum(counts),
+        stress_structures=number,
+        magmoms_atoms=0.0,
     )
     config = LossConfig(**{f"{name}_weight": weight for name, weight in WEIGHTS.items()})
     parameters = [value for value in model.parameters() if value.requires_grad]
@@ -319,7 +417,7 @@ def _our_side(settings: dict[str, Any], *, predict: bool) -> tuple[Callable[[], 
         group["lr"] = 1e-4
 
     def loss() -> torch.Tensor:
-        batch = collate_graphs([graph])
+        batch = collate_graphs(graphs)
         return force_matching_loss(model(batch, create_graph=True), labels, batch, totals, config).total
 
     def step() -> None:
