@@ -47,6 +47,7 @@ class Status:
         waiting: whether it is inside a collective.
         place: where its main thread is.
         alarm: `broken` or `timeout`, where a collective has raised.
+        reason: what it raised.
         failed: its own error; empty without one.
         left: whether it has finished.
     """
@@ -58,6 +59,7 @@ class Status:
     waiting: bool = False
     place: str = ""
     alarm: str = ""
+    reason: str = ""
     failed: str = ""
     left: bool = False
 
@@ -130,7 +132,7 @@ class Watch:
         address, _, port = share(f"{address} {host.port if host else ''}").partition(" ")
         self._store = host or dist.TCPStore(address, int(port), is_master=False, timeout=limit)
         self._judge = _Judge(world_size, timeout=timeout, lost_after=self._lost_after, quick=self._quick)
-        self._beat, self._alarm, self._place, self._failed, self._left = 0, "", "", "", False
+        self._beat, self._alarm, self._reason, self._place, self._failed, self._left = 0, "", "", "", "", False
         self._clock = Clock(longest=5.0 * self._interval)
         self._progress, self._moved = (0, 0), self._clock.now()
         self._answered = self._moved
@@ -153,7 +155,7 @@ class Watch:
         reason = " ".join(str(error).split())
         if self._thread is None:
             return LostRanksError(f"the connection to another rank broke while the ranks met: {reason}")
-        self._place = _collective_of(error)
+        self._place, self._reason = _collective_of(error), reason[:500]
         self._alarm = "timeout" if "imed out" in reason else "broken"
         if self._known.wait(3.0 * self._quick + 4.0 * self._interval) and self._verdict is not None:
             self._taken.set()
@@ -242,6 +244,7 @@ class Watch:
             waiting=waiting or bool(self._alarm),
             place=self._place or place,
             alarm=self._alarm,
+            reason=self._reason,
             failed=self._failed,
             left=self._left,
         )
@@ -382,9 +385,10 @@ class _Judge:
         if not broken:
             return None
         when = _when(max(active[rank].step for rank in broken))
+        first = active[broken[0]]
         return Verdict(
             message=f"the connection of {_ranks(broken)} to others broke {when}, but all ranks are alive: look at the "
-            "network between them",
+            f"network between them. Rank {broken[0]} was at {first.place}: {first.reason}",
             speaker=min(active),
         )
 

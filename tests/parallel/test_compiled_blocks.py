@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import matris.blocks.compiled
 import matris.model
 from janus.blockwise.traced import TracedBlock, trace_block
-from janus.mesh import Launch
+from janus.mesh import Launch, Mesh
 from matris.blocks.compiled import CompiledBlocks
 from matris.layouts import parse_layout
-from matris.verify import Row, verify
+from matris.verify import Row, measure, verify
 from tests.parallel.gate import gate_config, write_gate_files
 from tests.parallel.ranks import run_ranks
 
@@ -37,6 +38,7 @@ def run_compiled(launch: Launch, folder: Path) -> list[Row]:
         training=replace(config.training, compile="blocks"),
     )
     layouts = [parse_layout(name) for name in ("dp2", "fsdp2", "fsdp2-keep")]
+    measure(config, Mesh(device=torch.device("cpu")))  # traces, which takes long, before ranks wait for each other
     rows = list(verify(config, layouts, launch, floor=1e-4))
     assert made
     return rows

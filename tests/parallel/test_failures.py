@@ -283,10 +283,15 @@ def test_a_broken_connection_between_living_ranks() -> None:
     watched = judge()
     verdicts = [
         watched.decide(
-            {rank: Status(beat=beat, step=2, alarm="broken" if rank == 3 else "") for rank in range(4)}, beat
+            {
+                **{rank: Status(beat=beat, step=2) for rank in range(3)},
+                3: Status(beat=beat, step=2, alarm="broken", place="step.py:7 (sum)", reason="gloo/pair.cc: closed"),
+            },
+            beat,
         )
         for beat in range(1, 10)
     ]
     assert verdicts[0] is None
     assert verdicts[-1] is not None
     assert "all ranks are alive" in verdicts[-1].message
+    assert "Rank 3 was at step.py:7 (sum): gloo/pair.cc: closed" in verdicts[-1].message

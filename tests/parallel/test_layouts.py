@@ -18,12 +18,12 @@ LAYOUTS = {
     2: "dp2 fsdp2 fsdp2-keep gp2 tp2",
     4: "dp4 gp4 tp4 fsdp4 fsdp4-keep dp2xfsdp2 dp2xfsdp2-keep dp2xgp2 dp2xtp2 fsdp2xgp2 fsdp2-keepxgp2 fsdp2xtp2 "
     "fsdp2-keepxtp2 gp2xtp2",
-    8: "dp2xfsdp2xgp2 dp2xfsdp2-keepxgp2 dp2xfsdp2xtp2 dp2xfsdp2-keepxtp2 dp2xgp2xtp2 fsdp2xgp2xtp2 fsdp2-keepxgp2xtp2",
+    8: "dp2xfsdp2-keepxgp2 dp2xfsdp2xtp2 dp2xgp2xtp2 fsdp2xgp2xtp2 fsdp2-keepxgp2xtp2",
 }
 EXPERT_LAYOUTS = {
     2: "ep2 ep2-home ep2xgp2 ep2-homexgp2 ep2xfsdp2 ep2-homexfsdp2 ep2xfsdp2-keep",
     4: "ep4 ep4-home ep2xtp2 ep2-homextp2 dp4xep2 dp2xep2xfsdp2 dp2xep2-homexgp2 ep4xfsdp2xgp2",
-    8: "ep8 ep8-home ep8xfsdp4-keepxgp2 ep4xfsdp2xgp2xtp2 ep2-homexfsdp2xgp2xtp2",
+    8: "ep8-home ep8xfsdp4-keepxgp2 ep4xfsdp2xgp2xtp2 ep2-homexfsdp2xgp2xtp2",
 }
 
 
