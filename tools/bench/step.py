@@ -200,9 +200,9 @@ def _peak_mib() -> float:
 def _system(name: str) -> list[dict[str, np.ndarray]]:
     """Rattled structures, and errors that the labels have against the prediction."""
     kind, _, number = name.partition(":")
+    if kind not in SYSTEMS or not number.isdecimal() or int(number) < 1:
+        raise ValueError(f"system {name!r}: choose nacl:N, tio2:N or molecules:N, N from 1")
     count = int(number)
-    if kind not in SYSTEMS or count < 1:
-        raise ValueError(f"system {name!r}: choose nacl:N, tio2:N or molecules:N")
     rng = np.random.default_rng(1)
     return [_structure(kind, count, rng) for _ in range(count if kind == "molecules" else 1)]
 
