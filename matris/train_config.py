@@ -326,9 +326,10 @@ class TrainingConfig:
             and loss stay in at least fp32; `fp64`.
         kernels: for chains of element-wise operations, norms and sums over edges. `torch` runs operation by operation;
             `compiled` fuses the chains with torch.compile, which takes up to a minute at the start of a run and saves
-            about a tenth of a step, and needs a C++ compiler (CPU) or Triton (CUDA); `triton` takes kernels of our own,
-            for GPUs only, which were tested through Triton's interpreter, not on a GPU. Each kernel is compared with
-            torch at its first call; a difference stops the run.
+            about a tenth of a step, and needs a C++ compiler (CPU) or Triton (CUDA); `native` takes kernels of our own
+            in C++, for CPUs only and the fastest there, compiled in seconds at the first start (g++ or clang++);
+            `triton` takes kernels of our own for GPUs only, which were tested through Triton's interpreter, not on a
+            GPU. Each kernel is compared with torch at its first call; a difference stops the run.
         compile: `blocks` compiles all passes of an interaction block, from forward to second backward, into a few
             kernels with torch's inductor: less memory and fewer operations, for some minutes at the first start (later
             ones find kernels on disk), once for all sizes of batches. They are compared with the plain block before
@@ -359,7 +360,7 @@ class TrainingConfig:
     keep_every: int = 0
     async_save: bool = True
     precision: Literal["fp32", "tf32", "bf16-mixed", "fp64"] = "fp32"
-    kernels: Literal["torch", "compiled", "triton"] = "torch"
+    kernels: Literal["torch", "compiled", "native", "triton"] = "torch"
     compile: Literal["none", "blocks", "try"] = "none"
     recompute: Literal["none", "selective", "all", "full", "auto"] = "selective"
     seed: int = 0

@@ -1,4 +1,4 @@
-"""Functions of rows that may run as one kernel each: of torch.compile, or written in Triton."""
+"""Functions of rows that may run as one kernel each: of torch.compile, or written in C++ or Triton."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-Kernels: TypeAlias = Literal["torch", "compiled", "triton"]
-"""How `fusable` functions run: as torch's operations one after the other, compiled by torch.compile, or in Triton."""
+Kernels: TypeAlias = Literal["torch", "compiled", "native", "triton"]
+"""How `fusable` functions run: as torch's operations one after the other, compiled by torch.compile, in C++ (CPU) or
+in Triton (GPUs)."""
 
 _VARIANTS = 64
 """More than the kinds of calls a run makes."""
@@ -36,6 +37,13 @@ def use_kernels(kernels: Kernels, device: torch.device) -> None:
 
         # Options, number formats and memory layouts make variants; torch by default allows a function only 8.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
+    if kernels == "native":
+        if device.type != "cpu":
+            raise ValueError(
+                f"native kernels are C++ for CPUs, and the device is {device.type}: choose the kernels triton or "
+                "compiled"
+            )
+        _check_compiler(device)
     if kernels == "triton":
         _check_triton(device)
     _Chosen.kernels = kernels
@@ -80,7 +88,7 @@ def _check_triton(device: torch.device) -> None:
 
 
 def fusable(
-    kernel: str, *, compiled: bool = True
+    kernel: str, *, compiled: bool = True, native: bool = True
 ) -> Callable[[Callable[..., tuple[Tensor, ...]]], Callable[..., tuple[Tensor, ...]]]:
     """For functions of tensors of equal first dimension, the number of rows, beside tensors that have no rows.
 
@@ -88,8 +96,9 @@ def fusable(
     absent) is compared with the plain function at its first call.
 
     Args:
-        kernel: `module.function` of `janus.ops.triton` with the same arguments and results.
+        kernel: `module.function` of `janus.ops.triton` and `janus.ops.native` with the same arguments and results.
         compiled: whether torch.compile gains anything; if not, the plain function stands for the compiled one.
+        native: whether there is a kernel in C++; if not, the plain function is as good.
 
     Raises:
         RuntimeError: by the decorated function, where both differ by more than rounding.
@@ -99,9 +108,9 @@ def fusable(
         checked: set[Any] = set()
 
         @functools.cache
-        def by_triton() -> Callable[..., tuple[Tensor, ...]]:
+        def written_in(language: str) -> Callable[..., tuple[Tensor, ...]]:
             module, name = kernel.split(".")
-            return getattr(importlib.import_module(f"janus.ops.triton.{module}"), name)
+            return getattr(importlib.import_module(f"janus.ops.{language}.{module}"), name)
 
         @functools.cache
         def by_compiler() -> Callable[..., tuple[Tensor, ...]]:
@@ -110,7 +119,7 @@ def fusable(
         @functools.wraps(function)
         def call(*tensors: Any, **options: Any) -> tuple[Tensor, ...]:
             chosen = _Chosen.kernels
-            if chosen == "torch" or (chosen == "compiled" and not compiled):
+            if chosen == "torch" or (chosen == "compiled" and not compiled) or (chosen == "native" and not native):
                 return function(*tensors, **options)
             num_rows = len(tensors[0])
             if num_rows < (2 if chosen == "compiled" else 1):  # torch would compile for no row and for one row apart
@@ -121,7 +130,7 @@ def fusable(
                 for tensor in tensors:
                     if tensor is not None and len(tensor) == num_rows:
                         torch._dynamo.maybe_mark_dynamic(tensor, 0)
-            found = (by_triton if chosen == "triton" else by_compiler)()(*tensors, **options)
+            found = (by_compiler() if chosen == "compiled" else written_in(chosen))(*tensors, **options)
             variant = (chosen, *map(_kind, tensors), *sorted(options.items()))
             if variant not in checked and found[0].numel():
                 _check(chosen, function.__qualname__, found, function(*tensors, **options))

@@ -84,19 +84,40 @@ class _GatherAdd(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):
-        grads: list[Tensor | None] = []
-        for part, index in enumerate(ctx.saved_tensors):
-            wanted = wants_gradient(ctx, part)
-            of_value = grad if index is None or not wanted else segment_sum(grad, index, ctx.num_values[part])
-            grads.append(of_value if wanted else None)
-        return *grads, *(None for _ in grads)
+        wanted = [wants_gradient(ctx, part) for part in range(len(ctx.num_values))]
+        indices = [index for index, there in zip(ctx.saved_tensors, wanted, strict=True) if there]
+        counts = [count for count, there in zip(ctx.num_values, wanted, strict=True) if there]
+        found = iter(_SumEach.apply(grad, counts, *indices) if indices else ())
+        return *(next(found) if there else None for there in wanted), *(None for _ in wanted)
+
+
+class _SumEach(torch.autograd.Function):
+    """The adjoint of `_GatherAdd`: the rows as they are where the index is None, and otherwise their sums by index."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, num_values: list[int], *indices: Tensor | None) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*indices)
+        ctx.set_materialize_grads(False)
+        return tuple(
+            rows.view_as(rows) if index is None else _sum_rows(rows, index, count)[0]
+            for index, count in zip(indices, num_values, strict=True)
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None):
+        pairs = [(grad, index) for grad, index in zip(grads, ctx.saved_tensors, strict=True) if grad is not None]
+        added = None
+        if pairs:
+            values, indices = zip(*pairs, strict=True)
+            added = gather_add(values, indices)
+        return added, None, *(None for _ in grads)
 
 
 def _add_gathered(*values_and_indices: Tensor | None) -> Tensor:
     return _gathered_sum(*values_and_indices)[0]
 
 
-@fusable("segment.sum_rows", compiled=False)
+@fusable("segment.sum_rows", compiled=False, native=False)
 def _sum_rows(rows, index, num_segments: int) -> tuple[Tensor, ...]:
     return (rows.new_zeros((num_segments, *rows.shape[1:])).index_add(0, index, rows),)
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from janus.comm.adjoint import all_gather, copy, gather
 from janus.ops.attention import attention_terms
 from janus.ops.recompute import recomputable
-from janus.ops.segment import gather_rows
+from janus.ops.segment import gather_add, gather_rows
 from matris.blocks.edges import EdgeSet, PendingHalo
 from matris.blocks.module import GatedMLP, MatRISConfig, MegatronModule, column_parallel
 from matris.blocks.moe import RoutedExperts, join
@@ -58,10 +58,10 @@ class SeparableAttention(MegatronModule):
         update = self.update.project(0, own_nodes)  # needs nothing of other ranks
         local_edges = coming_edges.wait()
         logits = graph.spread(self.logits(local_edges))
-        inner = graph.spread(self.message.project(0, local_edges))
+        of_edges = self.message.project(0, local_edges)
         local_nodes = coming_nodes.wait()
-        inner = inner.add_(self.message.project(1, local_nodes).index_select(0, graph.target))
-        inner = inner.add_(self.message.project(2, local_nodes).index_select(0, graph.source))
+        of_nodes = (self.message.project(part, local_nodes) for part in (1, 2))
+        inner = gather_add((of_edges, *of_nodes), (graph.undirected, graph.target, graph.source))
         routed = None
         if self.message_experts is not None:
             at_target, at_source = (gather_rows(local_nodes, node) for node in (graph.target, graph.source))

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from janus.comm.adjoint import copy, gather
 from janus.ops.recompute import recomputable
-from janus.ops.segment import gather_rows
+from janus.ops.segment import gather_add, gather_rows
 from matris.blocks.attention import DELTA, LOGIT_CAP
 from matris.blocks.edges import EdgeSet, PendingHalo, Rows
 from matris.blocks.module import GatedMLP, MatRISConfig, MegatronModule, column_parallel, row_parallel
@@ -52,9 +52,9 @@ class ExpertAttention(MegatronModule):
         coming_nodes, coming_edges = graph.sources.start_borrow(own_nodes), graph.features.start_borrow(own_edges)
         update = self.update.project(0, own_nodes)  # needs nothing of other ranks
         local_edges, local_nodes = coming_edges.wait(), coming_nodes.wait()
-        inner = graph.spread(self.message.project(0, local_edges))
-        inner = inner.add_(self.message.project(1, local_nodes).index_select(0, graph.target))
-        inner = inner.add_(self.message.project(2, local_nodes).index_select(0, graph.source))
+        of_nodes = (self.message.project(part, local_nodes) for part in (1, 2))
+        of_edges = self.message.project(0, local_edges)
+        inner = gather_add((of_edges, *of_nodes), (graph.undirected, graph.target, graph.source))
         token = join(
             graph.spread(local_edges), gather_rows(local_nodes, graph.target), gather_rows(local_nodes, graph.source)
         )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from janus.comm.adjoint import all_gather, copy
-from janus.ops.segment import gather_rows
+from janus.ops.segment import gather_add, gather_rows
 from matris.blocks.edges import EdgeSet
 from matris.blocks.module import FeedForward, GatedMLP, MatRISConfig, MegatronModule, column_parallel
 
@@ -49,9 +49,9 @@ class AtomRefinement(_Refinement):
         coming_atoms = graph.sources.start_borrow(own_atoms)
         at_target = self.message.project(1, own_atoms)  # targets are owned: needs nothing of other ranks
         envelope = graph.spread(self.envelope(basis))
-        inner = graph.spread(self.message.project(0, coming_edges.wait()))
-        inner = inner.add_(at_target.index_select(0, graph.target))
-        inner = inner.add_(self.message.project(2, coming_atoms.wait()).index_select(0, graph.source))
+        of_edges = self.message.project(0, coming_edges.wait())
+        at_source = self.message.project(2, coming_atoms.wait())
+        inner = gather_add((of_edges, at_target, at_source), (graph.undirected, graph.target, graph.source))
         message = self.message.finish(inner)
         enveloped = envelope * message
         received = self._whole(graph.targets.sum(enveloped, graph.target))
@@ -87,12 +87,12 @@ class LineRefinement(_Refinement):
         Exchanges the edges once, and returns the sums over angles to the edges' owners.
         """
         coming = graph.sources.start_borrow(copy(edges, self.tensor))
-        inner = self.message.project(0, copy(angles, self.tensor))
-        inner = inner.add_(self.message.project(1, copy(atoms, self.tensor)).index_select(0, center))
+        of_angles = self.message.project(0, copy(angles, self.tensor))
+        at_center = self.message.project(1, copy(atoms, self.tensor))
         envelope = self.envelope(basis)
         local_edges = coming.wait()
-        inner = inner.add_(self.message.project(2, local_edges).index_select(0, graph.target))
-        inner = inner.add_(self.message.project(3, local_edges).index_select(0, graph.source))
+        of_edges = (self.message.project(part, local_edges) for part in (2, 3))
+        inner = gather_add((of_angles, at_center, *of_edges), (None, center, graph.target, graph.source))
         message = self.message.finish(inner)
         # The target's factor is the same for all its angles: it is applied to their sum.
         enveloped = gather_rows(envelope, graph.source) * message

@@ -102,7 +102,7 @@ def parsed(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--structures", type=int, default=8, help="of the data, for each rank")
     parser.add_argument("--cache_dir")
     parser.add_argument("--recompute", choices=("none", "selective", "all", "full"), default="selective")
-    parser.add_argument("--kernels", choices=("torch", "compiled", "triton"), default="torch")
+    parser.add_argument("--kernels", choices=("torch", "compiled", "native", "triton"), default="torch")
     parser.add_argument("--threads", type=int, default=1, help="of a rank on CPU")
     parser.add_argument("--ranks", type=int, default=1, help="processes that share the sum of the gradients")
     parser.add_argument("--steps", type=int, default=5, help="timed ones, after one that is not")

@@ -35,8 +35,9 @@ GPA = 1.0 / 160.21766208  # eV/A^3
 WEIGHTS = {"energy": 5.0, "forces": 5.0, "stress": 16.0}  # per eV/atom, eV/A, eV/A^3
 TOLERANCE = {"energy": 1e-5, "forces": 1e-4, "stress": 1e-4, "loss": 1e-4, "gradient_norm": 1e-3}
 """Largest difference allowed, relative to the largest value: both sides compute in fp32."""
-VARIANTS = ("default", "none", "all", "full", "kernels", "blocks")
-"""Ours: as `training` has it by default, with another `training.recompute`, or with compiled kernels or blocks."""
+VARIANTS = ("default", "none", "all", "full", "compiled", "native", "blocks")
+"""Ours: as `training` has it by default, with another `training.recompute`, or with other
+`training.kernels`, or compiled blocks."""
 SYSTEMS = ("nacl", "tio2", "molecules")
 
 
@@ -356,7 +357,7 @@ def _our_side(settings: dict[str, Any], *, predict: bool) -> tuple[Callable[[], 
 
     keep_freed_memory()
     variant = settings.get("variant", "default")
-    use_kernels("compiled" if variant == "kernels" else "torch", torch.device("cpu"))
+    use_kernels(variant if variant in ("compiled", "native") else "torch", torch.device("cpu"))
     directory = Path(settings["directory"])
     if not (directory / "model").exists():
         convert_reference(directory / "reference.pth.tar", directory / "model")

@@ -40,7 +40,8 @@ def in_process(*words: str, **variables: str) -> None:
 def test_kernels_equal_plain_functions(device: str) -> None:
     chosen = {"TRITON_INTERPRET": "1"} if device == "cpu" else {}
     options = ["-q", "--import-mode=importlib", "-p", "no:xdist", "-p", "no:cacheprovider"]
-    in_process("-m", "pytest", *options, str(HERE / "triton_cases.py"), JANUS_TEST_DEVICE=device, **chosen)
+    variables = {"JANUS_TEST_KERNELS": "triton", "JANUS_TEST_DEVICE": device, **chosen}
+    in_process("-m", "pytest", *options, str(HERE / "triton_cases.py"), **variables)
 
 
 @needs_triton

@@ -1,6 +1,7 @@
-"""Triton kernels against the plain functions; `test_triton.py` runs this in a process of its own.
+"""Kernels against the plain functions; `test_triton.py` and `test_native.py` run this in a process of its own.
 
-On CPU by Triton's interpreter, which must be chosen before triton is imported; with JANUS_TEST_DEVICE=cuda on a GPU.
+JANUS_TEST_KERNELS names the kernels. Those in Triton run on CPU by its interpreter, which must be chosen before triton
+is imported; with JANUS_TEST_DEVICE=cuda on a GPU.
 """
 
 from __future__ import annotations
@@ -17,14 +18,18 @@ from janus.ops import attention, gated_norm, segment, silu
 from janus.ops.fused import fusable, use_kernels
 
 DEVICE = torch.device(os.environ["JANUS_TEST_DEVICE"])
+KERNELS = os.environ["JANUS_TEST_KERNELS"]
 ROWS_AND_WIDTHS = [(0, 7), (3, 1), (1, 7), (37, 32), (5, 100), (2, 128)]
 """Rows and widths, in pieces of a program and beyond."""
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 2e-2}
 
 
+of_triton = pytest.mark.skipif(KERNELS != "triton", reason="about Triton's programs")
+
+
 @pytest.fixture(autouse=True)
-def triton_kernels() -> Iterator[None]:
-    use_kernels("triton", DEVICE)
+def chosen_kernels() -> Iterator[None]:
+    use_kernels(KERNELS, DEVICE)
     yield
     use_kernels("torch", DEVICE)
 
@@ -88,12 +93,13 @@ def test_leaf_functions(name: str) -> None:
         compare(*LEAVES[name](rows, width, torch.float64))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, *([torch.bfloat16] if KERNELS == "triton" else [])], ids=str)
 @pytest.mark.parametrize("name", [name for name in LEAVES if name.startswith(("silu", "norm True", "attention 10"))])
 def test_number_formats(name: str, dtype: torch.dtype) -> None:
     compare(*LEAVES[name](37, 32, dtype))
 
 
+@of_triton
 @pytest.mark.parametrize("order", [1, 2])
 def test_programs_with_several_pieces(order: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("janus.ops.triton.gated_norm.MAX_PROGRAMS", 2)
@@ -169,10 +175,11 @@ def test_wrong_kernel_is_refused() -> None:
     def something_else(x: Tensor, grad: Tensor, cotangent: Tensor) -> tuple[Tensor, ...]:
         return x * grad, cotangent
 
-    with pytest.raises(RuntimeError, match="triton kernel .* differs from the plain function"):
+    with pytest.raises(RuntimeError, match=f"{KERNELS} kernel .* differs from the plain function"):
         something_else(*(rand(3, 2, seed=seed) for seed in range(3)))
 
 
+@of_triton
 def test_rows_that_are_too_wide_are_refused() -> None:
     wide: Sequence[Tensor] = [torch.ones(2, 4097, device=DEVICE)] * 4
     with pytest.raises(ValueError, match="at most 4096 channels, and these have 4097"):
