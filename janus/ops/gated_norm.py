@@ -41,7 +41,8 @@ def gated_norm(core: Tensor, gate: Tensor, weight: Tensor, bias: Tensor | None, 
     Returns:
         (N, d)
     """
-    return _GatedNorm.apply(core, gate, weight, bias, eps, center)
+    function = partial(_rows_value, eps=eps, center=center)
+    return recomputable(_GatedNorm.apply(core, gate, weight, bias, eps, center), function, core, gate, weight, bias)
 
 
 def plain_gated_norm(
@@ -63,11 +64,7 @@ class _GatedNorm(torch.autograd.Function):
     def forward(ctx: Any, core: Tensor, gate: Tensor, weight: Tensor, bias: Tensor | None, eps: float, center: bool):
         ctx.save_for_backward(core, gate, weight, bias)
         ctx.norm = {"eps": eps, "center": center}
-
-        def value(core: Tensor, gate: Tensor) -> tuple[Tensor, ...]:
-            return _value(core, gate, weight, bias, **ctx.norm)
-
-        return map_rows(value, (core, gate))[0]
+        return _rows_value(core, gate, weight, bias, **ctx.norm)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):
@@ -120,6 +117,13 @@ class _GatedNormGrad(torch.autograd.Function):
         rows = (core, gate, grad, v_core, v_gate)
         g_core, g_gate, g_grad, g_weight, g_bias = map_rows(second, rows, num_summed=2)
         return g_core, g_gate, g_weight, None if bias is None else g_bias, g_grad, None
+
+
+def _rows_value(core, gate, weight, bias, *, eps: float, center: bool) -> Tensor:
+    def value(core: Tensor, gate: Tensor) -> tuple[Tensor, ...]:
+        return _value(core, gate, weight, bias, eps=eps, center=center)
+
+    return map_rows(value, (core, gate))[0]
 
 
 def _gradients(core, gate, weight, bias, grad, *, eps: float, center: bool) -> tuple[Tensor, ...]:

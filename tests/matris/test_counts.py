@@ -47,8 +47,8 @@ def test_what_an_angle_keeps_until_the_second_backward_pass(num_layers: int, mon
     """Numbers per angle, in units of the width: what products make and take, and no result of anything cheaper.
 
     Of a block in the forward pass: both attentions' and refinements' inputs (2), logits (2), inner layers (4), core and
-    gate (4), messages (2), the hidden layer of the feed-forward net (1). In the force pass: what arrives at the hidden
-    layers from behind (5), at the messages (2), and at the block's angles (2). The last block has no feed-forward net.
+    gate (4), the hidden layer of the feed-forward net (1). In the force pass: what arrives at the hidden layers from
+    behind (5), at the messages (2), and at the block's angles (2). The last block has no feed-forward net.
     """
     config = ModelConfig(**{**vars(CONFIG), "num_layers": num_layers})
     model, batch = MatRIS(config, seed=0), batch_of(rattled(bulk("Cu", cubic=True)), config=config)
@@ -71,5 +71,5 @@ def test_what_an_angle_keeps_until_the_second_backward_pass(num_layers: int, mon
     model.recompute_bytes = 0
     with torch.enable_grad():
         prediction = model(batch, create_graph=True)
-    assert units() == (15 + 9) * num_layers - 4 + 2  # and the angles' embedding
+    assert units() == (13 + 9) * num_layers - 4 + 2  # and the angles' embedding
     assert prediction.forces.requires_grad
