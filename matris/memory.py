@@ -58,36 +58,36 @@ class Rows:
 
 
 _KEPT = Rows(
-    atom=Held(block=50.5, once=6.7, numbers=156.0),
-    undirected=Held(block=143.5, numbers=95.0),
-    angle=Held(block=48.0, once=15.7, numbers=36.0),
+    atom=Held(block=49.2, once=30.3),
+    undirected=Held(block=136.6, once=2.9),
+    angle=Held(block=47.9, once=16.4, numbers=16.7),
 )
 """Without recomputation."""
 _MADE_AGAIN = Rows(
-    atom=Held(block=8.9, once=105.2),
-    undirected=Held(block=96.3, once=23.2),
-    angle=Held(block=30.4, once=23.1),
+    atom=Held(block=160.5),
+    undirected=Held(block=101.1, once=1.7),
+    angle=Held(block=27.2, once=22.9),
 )
 _KEPT_WITH_EXPERTS = Rows(
-    atom=Held(block=127.2),
-    undirected=Held(block=128.1, numbers=304.0, expert_block=30.2, expert_once=9.2, expert_token=9.5),
-    angle=Held(block=48.7, once=13.5, numbers=48.8),
+    atom=Held(block=48.8, once=39.7, expert_block=17.4),
+    undirected=Held(block=161.6, expert_block=29.8, expert_once=0.2),
+    angle=Held(block=48.2, once=15.4),
 )
 _MADE_AGAIN_WITH_EXPERTS = Rows(
-    atom=Held(block=33.7),
-    undirected=Held(block=88.0, expert_block=15.2, expert_once=25.5),
-    angle=Held(block=32.0, once=21.0),
+    atom=Held(block=205.5, once=41.1, expert_block=54.7),
+    undirected=Held(block=138.8, expert_block=17.7),
+    angle=Held(block=28.5, once=6.5),
 )
 _BLOCKS_MADE_AGAIN = Rows(
-    atom=Held(block=10.1, once=606.0),
-    undirected=Held(block=2.9, once=131.8),
-    angle=Held(block=2.5, once=54.3),
+    atom=Held(block=10.0, once=124.2),
+    undirected=Held(block=3.4, once=107.2),
+    angle=Held(block=2.7, once=54.7),
 )
 """With full recomputation: a block's inputs and what arrives at it, and all of one block."""
 _BLOCKS_MADE_AGAIN_WITH_EXPERTS = Rows(
-    atom=Held(block=0.0, once=1446.0, expert_once=24.3),
-    undirected=Held(block=0.0, once=128.4, expert_once=24.8),
-    angle=Held(block=0.0, once=63.7),
+    atom=Held(block=0.0, once=230.5, expert_block=16.5),
+    undirected=Held(block=5.3, once=138.1, expert_block=5.4),
+    angle=Held(block=0.6, once=57.8),
 )
 _BATCH_BYTES = Rows(
     atom=Held(block=0.0, numbers=40.0), undirected=Held(block=0.0, numbers=104.0), angle=Held(block=0.0, numbers=40.0)
