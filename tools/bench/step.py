@@ -10,6 +10,12 @@ pass, AdamW (torch's default one for the reference, which has no training code; 
 made before.
 Peak memory is ru_maxrss of the process: interpreter, libraries and everything.
 LD_PRELOAD holds for both sides: an allocator such as tcmalloc changes time and memory of both (docs/benchmarks.md).
+With --as_launched ours has the settings of glibc's allocator that examples/pretrain_matris.sh makes; the reference,
+which has no launcher, runs as it does by default.
+
+    python tools/bench/step.py --reference_python PYTHON --largest 20 --variants default full
+
+looks instead for the largest batch of 8-atom cells whose step stays within so many GiB, on each side.
 """
 
 from __future__ import annotations
@@ -38,7 +44,9 @@ TOLERANCE = {"energy": 1e-5, "forces": 1e-4, "stress": 1e-4, "loss": 1e-4, "grad
 VARIANTS = ("default", "none", "all", "full", "compiled", "native", "blocks")
 """Ours: as `training` has it by default, with another `training.recompute`, or with other
 `training.kernels`, or compiled blocks."""
-SYSTEMS = ("nacl", "tio2", "molecules")
+SYSTEMS = ("nacl", "cells", "tio2", "molecules")
+LAUNCHED = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"}
+"""As in examples/pretrain_matris.sh."""
 
 
 def main() -> int:
@@ -48,7 +56,8 @@ def main() -> int:
         "--systems",
         nargs="+",
         default=["nacl:1", "nacl:2"],
-        help="rock salt (nacl:N, 8 N^3 atoms), rutile (tio2:N, 6 N^3 atoms) or N molecules of ethanol (molecules:N)",
+        help="rock salt (nacl:N, 8 N^3 atoms; cells:N, N structures of 8), rutile (tio2:N, 6 N^3 atoms), or N "
+        "molecules of ethanol (molecules:N)",
     )
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["default"], help="of ours")
     parser.add_argument(
@@ -56,19 +65,27 @@ def main() -> int:
     )
     parser.add_argument("--layers", type=int, default=6, help="interaction blocks of the released-like model")
     parser.add_argument("--width", type=int, default=128, help="feature width")
+    parser.add_argument("--three_body_cutoff", type=float, default=4.5, help="of angles, Angstrom")
+    parser.add_argument(
+        "--largest", type=float, metavar="GIB", help="find the largest batch of cells within this memory"
+    )
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each process, after one that is not timed")
     parser.add_argument("--rounds", type=int, default=1, help="rounds of A B B A")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument(
         "--smooth", action="store_true", help="time ours with smooth attention (its default in training)"
     )
+    parser.add_argument(
+        "--as_launched", action="store_true", help="ours with the allocator's settings of examples/pretrain_matris.sh"
+    )
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args()
     if options.output is not None and not options.output.parent.is_dir():
         parser.error(f"--output {options.output}: no directory {options.output.parent}")
     with tempfile.TemporaryDirectory() as directory:
-        report = _compare(options, Path(directory))
-    print(_table(report))
+        work = _Workers(options, Path(directory))
+        report = _compare(options, work) if options.largest is None else _largest(options, work)
+    print(_table(report) if options.largest is None else _table_of_largest(report))
     if options.output is not None:
         partial = options.output.with_name(options.output.name + ".partial")
         partial.write_text(json.dumps(report, indent=1) + "\n")
@@ -76,12 +93,20 @@ def main() -> int:
     return 0
 
 
-def _compare(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
-    def work(side: str, verb: str, system: str, **settings: Any) -> dict[str, Any]:
+class _Workers:
+    """Runs one side's share in a fresh process, which gives back what it found."""
+
+    def __init__(self, options: argparse.Namespace, directory: Path) -> None:
+        self.options, self.directory = options, directory
+
+    def __call__(self, side: str, verb: str, system: str, **settings: Any) -> dict[str, Any]:
+        options, directory = self.options, self.directory
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         environment["OMP_NUM_THREADS"] = str(options.threads)
+        if side == "ours" and options.as_launched:
+            environment |= LAUNCHED
         settings |= {"directory": str(directory), "system": system, "threads": options.threads}
-        settings |= {"layers": options.layers, "width": options.width}
+        settings |= {"layers": options.layers, "width": options.width, "three_body_cutoff": options.three_body_cutoff}
         python = options.reference_python if side == "reference" else sys.executable
         command = [python, str(Path(__file__).resolve()), "worker", side, verb, json.dumps(settings)]
         done = subprocess.run(command, env=environment, cwd=directory, capture_output=True, text=True, check=False)
@@ -89,7 +114,80 @@ def _compare(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
             raise RuntimeError(f"worker {side} {verb} failed:\n{done.stderr}")
         return json.loads(done.stdout.splitlines()[-1])
 
-    sides = [*([] if options.without_reference else ["reference"]), *options.variants]
+    def time(self, side: str, system: str, *, steps: int, labelled: bool) -> dict[str, Any]:
+        """The reference, or a variant of ours."""
+        if side == "reference":
+            return self(side, "time", system, steps=steps, labelled=labelled)
+        ours = {"smooth": self.options.smooth, "variant": side, "labelled": labelled}
+        return self("ours", "time", system, steps=steps, **ours)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Of a report."""
+        options = self.options
+        return {
+            "machine": {"processor": platform.processor() or platform.machine(), "cpus": os.cpu_count()},
+            "threads": options.threads,
+            "layers": options.layers,
+            "width": options.width,
+            "three_body_cutoff": options.three_body_cutoff,
+            "smooth": options.smooth,
+            "preloaded": os.environ.get("LD_PRELOAD", ""),
+            "as_launched": options.as_launched,
+        }
+
+
+def _sides(options: argparse.Namespace) -> list[str]:
+    return [*([] if options.without_reference else ["reference"]), *options.variants]
+
+
+def _largest(options: argparse.Namespace, work: _Workers) -> dict[str, Any]:
+    """For each side the largest number of cells within the memory, the memory there and with one cell more."""
+    work("reference", "predict", "nacl:1")  # leaves the weights of both sides
+    results = {}
+    for side in _sides(options):
+        peaks: dict[int, float] = {}
+
+        def peak(number: int, side: str = side, peaks: dict[int, float] = peaks) -> float:
+            if number not in peaks:
+                peaks[number] = work.time(side, f"cells:{number}", steps=1, labelled=False)["peak_MiB"]
+                print(f"{side}: {number} cells take {peaks[number]:.0f} MiB", file=sys.stderr)
+            return peaks[number]
+
+        limit, fitting, too_many = 1024.0 * options.largest, 2, 1 << 30
+        if peak(fitting) > limit:
+            raise SystemExit(f"{side}: two cells take {peak(2):.0f} MiB, more than --largest {options.largest:g} GiB")
+        number = 4
+        while too_many - fitting > 1:
+            before, slope = fitting, (peak(number) - peak(fitting)) / (number - fitting)
+            if peak(number) <= limit:
+                fitting = number
+            else:
+                too_many = number
+            # Memory is nearly linear in the number, so that a straight line leads close; never far beyond, though.
+            guess = int(before + (limit - peak(before)) / max(slope, 1e-3))
+            number = min(max(guess, fitting + 1), too_many - 1, 4 * fitting)
+        results[side] = {"cells": fitting, "peak_MiB": peaks[fitting], "one_more_MiB": peaks[too_many]}
+    return {**work.facts, "limit_GiB": options.largest, "sides": results}
+
+
+def _table_of_largest(report: dict[str, Any]) -> str:
+    first = next(iter(report["sides"].values()))["cells"]
+    lines = [
+        f"within {report['limit_GiB']:g} GiB, cells of 8 atoms and 2448 angles",
+        "| side | cells | ratio | peak MiB | with one more |",
+        "|---|---|---|---|---|",
+    ]
+    for side, found in report["sides"].items():
+        lines.append(
+            f"| {side} | {found['cells']} | {found['cells'] / first:.1f} x | {found['peak_MiB']:.0f} | "
+            f"{found['one_more_MiB']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def _compare(options: argparse.Namespace, work: _Workers) -> dict[str, Any]:
+    sides = _sides(options)
     found, versions = [], {}
     for system in options.systems:
         # Where the reference is not timed, its weights and labels are those of the smallest system.
@@ -105,10 +203,8 @@ def _compare(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
         runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
         for side in [*sides, *reversed(sides)] * options.rounds:
             print(f"{system}: timing {side}", file=sys.stderr)
-            of_ours = {"smooth": options.smooth, "variant": side, "labelled": not options.without_reference}
-            of_ours = {} if side == "reference" else of_ours
-            which = "reference" if side == "reference" else "ours"
-            runs[side].append(work(which, "time", system, steps=options.steps, **of_ours))
+            labelled = not options.without_reference
+            runs[side].append(work.time(side, system, steps=options.steps, labelled=labelled))
         results = {side: _summary(entries) for side, entries in runs.items()}
         control = results[sides[0]]
         for entry in results.values():
@@ -123,17 +219,7 @@ def _compare(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
                 "sides": results,
             }
         )
-    return {
-        "machine": {"processor": platform.processor() or platform.machine(), "cpus": os.cpu_count()},
-        "threads": options.threads,
-        "layers": options.layers,
-        "width": options.width,
-        "parameters": ours["num_parameters"],
-        "smooth": options.smooth,
-        "preloaded": os.environ.get("LD_PRELOAD", ""),
-        "versions": versions,
-        "systems": found,
-    }
+    return {**work.facts, "parameters": ours["num_parameters"], "versions": versions, "systems": found}
 
 
 def _relative(value: Any, expected: Any) -> float:
@@ -156,7 +242,8 @@ def _table(report: dict[str, Any]) -> str:
         f"{report['layers']} layers, width {report['width']}, {report['parameters']} parameters, fp32, "
         f"{report['threads']} threads"
         + (", ours smooth" if report["smooth"] else "")
-        + (f", all with {report['preloaded']}" if report["preloaded"] else ""),
+        + (f", all with {report['preloaded']}" if report["preloaded"] else "")
+        + (", ours as launched" if report["as_launched"] else ""),
         "| system | atoms | angles | side | s per step (median) | spread | peak MiB | faster | memory |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
@@ -205,19 +292,20 @@ def _system(name: str) -> list[dict[str, np.ndarray]]:
         raise ValueError(f"system {name!r}: choose nacl:N, tio2:N or molecules:N, N from 1")
     count = int(number)
     rng = np.random.default_rng(1)
-    return [_structure(kind, count, rng) for _ in range(count if kind == "molecules" else 1)]
+    number_of = count if kind in ("molecules", "cells") else 1
+    return [_structure(kind, count, rng) for _ in range(number_of)]
 
 
 def _structure(kind: str, repeat: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    numbers, positions, cell = _ETHANOL if kind == "molecules" else _NACL if kind == "nacl" else _RUTILE
+    numbers, positions, cell = _ETHANOL if kind == "molecules" else _RUTILE if kind == "tio2" else _NACL
     numbers, positions, cell = np.array(numbers), np.array(positions), np.array(cell)
-    if kind != "molecules":
+    if kind in ("nacl", "tio2"):
         shifts = np.stack(np.meshgrid(*[np.arange(repeat)] * 3, indexing="ij"), axis=-1).reshape(-1, 3) @ cell
         positions = (shifts[:, None] + positions).reshape(-1, 3)
         numbers, cell = np.tile(numbers, len(shifts)), cell * repeat
     return {
         "numbers": numbers,
-        "positions": positions + rng.normal(0.0, 0.08 if kind == "nacl" else 0.05, positions.shape),
+        "positions": positions + rng.normal(0.0, 0.08 if kind in ("nacl", "cells") else 0.05, positions.shape),
         "cell": cell,
         "energy_error": np.array(0.02),  # eV/atom
         "forces_error": rng.normal(0.0, 0.1, positions.shape),  # eV/A
@@ -280,7 +368,7 @@ def _reference_side(settings: dict[str, Any], *, predict: bool) -> tuple[Callabl
         "mlp_hidden_dims": [2 * width, width, width],
         "three_body_expansion": "fourier",
         "norm_type": "layer",
-        "three_body_cutoff": 4.5,
+        "three_body_cutoff": settings["three_body_cutoff"],
         "reference_energy": "MPtrj",
     }
     torch.manual_seed(0)
@@ -315,7 +403,12 @@ def _reference_side(settings: dict[str, Any], *, predict: bool) -> tuple[Callabl
             stress=stress + np.stack([system["stress_error"] for system in systems]),
         )
         facts = {"energy": energy.tolist(), "forces": np.concatenate(forces).tolist(), "stress": stress.tolist()}
-    target = {name: torch.from_numpy(value).float() for name, value in np.load(labels).items()}
+    if settings.get("labelled", True):
+        target = {name: torch.from_numpy(value).float() for name, value in np.load(labels).items()}
+    else:
+        atoms = sum(len(system["numbers"]) for system in systems)
+        shapes = {"energy": (len(systems),), "forces": (atoms, 3), "stress": (len(systems), 3, 3)}
+        target = {name: torch.zeros(shape) for name, shape in shapes.items()}
     parameters = [value for value in model.parameters() if value.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=1e-2)
 
