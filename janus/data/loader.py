@@ -20,7 +20,10 @@ Batch = TypeVar("Batch")
 
 
 class SizedRecords(Protocol):
-    """A random-access data set whose records' sizes are known without reading them. Picklable."""
+    """A random-access data set whose records' sizes are known without reading them. Picklable.
+
+    One with a method `__getitems__(indices)`, a list of records, is asked for a micro-batch at a time.
+    """
 
     @property
     def sizes(self) -> np.ndarray:
@@ -149,7 +152,13 @@ class _Requests(Dataset):
         self.dataset, self.collate = dataset, collate
 
     def __getitem__(self, indices: np.ndarray | None) -> Any:
-        return None if indices is None else self.collate([self.dataset[int(i)] for i in indices])
+        return None if indices is None else self.collate(_read(self.dataset, indices.tolist()))
+
+
+def _read(dataset: SizedRecords, indices: list[int]) -> list[Any]:
+    """All at once where the data set can, by the method of which torch's own fetcher asks as well."""
+    together = getattr(dataset, "__getitems__", None)
+    return [dataset[index] for index in indices] if together is None else together(indices)
 
 
 class _Once:

@@ -14,18 +14,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import h5py
 import numpy as np
 
 FORMAT = "janus-store"
 VERSION = 2
-CHUNK_BYTES = 32 * 1024  # small, because a random read loads and checks whole chunks
+CHUNK_BYTES = 16 * 1024  # of new files; small, because a random read loads and checks whole chunks
 CACHE_BYTES = 1024 * 1024  # of chunks, for each table of an open store: every process of every rank has its own
 COPY_RECORDS = 4096  # records held in memory at a time when stores are copied
 
@@ -54,13 +55,30 @@ Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Columns:
-    """Consecutive records, field by field. Rows of absent optional fields are present and zero."""
+class Columns:
+    """Records field by field.
+
+    Attributes:
+        num_records: n.
+        values: of each field, (n, *shape), or the rows of all records, one record after the other; zero where a record
+            lacks the field.
+        masks: of each optional field, (n,) uint8: which records have it.
+        counts: of each axis, (n,) int64: rows of each record.
+    """
 
     num_records: int
     values: dict[str, np.ndarray]
     masks: dict[str, np.ndarray]
-    counts: dict[str, np.ndarray]  # rows of each record, per axis
+    counts: dict[str, np.ndarray]
+
+    def rows(self, axis: str) -> list[slice]:
+        """Which rows of an axis are whose, one slice per record."""
+        ends = accumulate(self.counts[axis].tolist(), initial=0)
+        return [slice(start, end) for start, end in pairwise(ends)]
+
+    def present(self, name: str, values: Iterable[Any]) -> list[Any]:
+        """One value per record, None in place of those of the records that lack the optional field `name`."""
+        return [value if there else None for value, there in zip(values, self.masks[name].tolist(), strict=True)]
 
 
 class StoreWriter:
@@ -119,7 +137,7 @@ class StoreWriter:
         if kind is not None:
             self._partial.unlink(missing_ok=True)
 
-    def _append(self, columns: _Columns) -> None:
+    def _append(self, columns: Columns) -> None:
         records = np.zeros(columns.num_records, _row_type(self.fields, None))
         for name, mask in columns.masks.items():
             records[_mask_name(name)] = mask
@@ -134,7 +152,7 @@ class StoreWriter:
         _extend(self._file[_table_name(None)], records)
         self.num_records += columns.num_records
 
-    def _fill(self, rows: np.ndarray, columns: _Columns, axis: str | None) -> None:
+    def _fill(self, rows: np.ndarray, columns: Columns, axis: str | None) -> None:
         for field in self.fields:
             if field.axis == axis:
                 rows[field.name] = columns.values[field.name]
@@ -166,9 +184,7 @@ class StoreReader:
                 raise ValueError(
                     f"{self.path}: store version {version}, expected {VERSION}; remove it and prepare it again"
                 )
-            self.fields = tuple(
-                Field(**{**field, "shape": tuple(field["shape"])}) for field in json.loads(file.attrs["fields"])
-            )
+            self.fields = self._described(file.attrs["fields"])
             self.attributes = json.loads(file.attrs["attributes"])
             self._num_records = int(file.attrs["num_records"])
             self._axes = _axes(self.fields)
@@ -182,29 +198,20 @@ class StoreReader:
         return self.read(index, index + 1)[0]
 
     def read(self, start: int, stop: int) -> list[dict[str, Any]]:
-        """Records start..stop-1, one read per table."""
-        tables = self._tables_of(start, stop)
-        names = tables[None].dtype.names
-        assert names is not None
-        # Taking fields out of a row one by one would take longer than reading it.
-        rows = [dict(zip(names, values, strict=True)) for values in tables[None].tolist()]
-        first = {axis: int(rows[0][_bounds_name(axis)][0]) for axis in self._axes}
-        records = []
-        for row in rows:
-            own: dict[str | None, Any] = {None: row}
-            for axis in self._axes:
-                begin, end = row[_bounds_name(axis)].tolist()
-                own[axis] = tables[axis][begin - first[axis] : end - first[axis]]
-            record: dict[str, Any] = {}
-            for field in self.fields:
-                if field.optional and not row[_mask_name(field.name)]:
-                    record[field.name] = None
-                    continue
-                value = own[field.axis][field.name]
-                # A copy: what lies inside of a row is neither contiguous nor aligned.
-                record[field.name] = value.copy() if isinstance(value, np.ndarray) else value
-            records.append(record)
-        return records
+        """Records start..stop-1, one read per table. Their arrays are parts of common ones, without overlap."""
+        columns = self.columns(start, stop)
+        rows = {axis: columns.rows(axis) for axis in self._axes}
+        found = []
+        for field in self.fields:
+            column = columns.values[field.name]
+            values: Iterable[Any]
+            if field.axis is not None:
+                values = [column[own] for own in rows[field.axis]]
+            else:
+                values = column if field.shape else column.tolist()
+            found.append(columns.present(field.name, values) if field.optional else values)
+        names = [field.name for field in self.fields]
+        return [dict(zip(names, values, strict=True)) for values in zip(*found, strict=True)]
 
     def column(self, name: str) -> np.ndarray:
         """All entries of a field, one per record, or one per row of its axis."""
@@ -224,17 +231,9 @@ class StoreReader:
             found = self._table(None).columns([*fields, *map(_mask_name, masks)])
         return {name: found[name] for name in fields}, {name: found[_mask_name(name)].astype(bool) for name in masks}
 
-    def columns(self, start: int, stop: int) -> _Columns:
-        """Records start..stop-1, field by field."""
-        tables = self._tables_of(start, stop)
-        records = tables[None]
-        bounds = {axis: records[_bounds_name(axis)] for axis in self._axes}
-        return _Columns(
-            num_records=stop - start,
-            values={field.name: tables[field.axis][field.name].copy() for field in self.fields},
-            masks={field.name: records[_mask_name(field.name)] for field in self.fields if field.optional},
-            counts={axis: bound[:, 1] - bound[:, 0] for axis, bound in bounds.items()},
-        )
+    def columns(self, start: int, stop: int) -> Columns:
+        """Records start..stop-1, field by field, one read per table."""
+        return _read_columns([(self, start, stop)])
 
     def verify(self) -> None:
         """Read everything once, so that every checksum is compared. Raises ValueError if one differs."""
@@ -244,26 +243,16 @@ class StoreReader:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_file": None, "_tables": {}, "_owner": 0}
 
-    def _tables_of(self, start: int, stop: int) -> dict[str | None, np.ndarray]:
-        """Rows of each table that are of records start..stop-1."""
-        if not 0 <= start < stop <= self._num_records:
-            raise IndexError(f"records {start}..{stop - 1} of {self.path}, which has {self._num_records}")
-        with self._reading():
-            records = self._table(None).read(start, stop)
-            rows: dict[str | None, np.ndarray] = {None: records}
-            for axis in self._axes:
-                bounds = records[_bounds_name(axis)]
-                rows[axis] = self._table(axis).read(int(bounds[0, 0]), int(bounds[-1, 1]))
-            return rows
-
     def _table(self, axis: str | None) -> _Table:
-        file = self._open_file()
-        if axis not in self._tables:
+        with self._reading():
+            file = self._open_file()
+            if axis in self._tables:
+                return self._tables[axis]
             table = _Table(file[_table_name(axis)], _row_type(self.fields, axis))
             if table.dataset.shape[1:] != (table.dtype.itemsize,):
                 raise ValueError(f"{self.path}: damaged store ({_table_name(axis)} has rows of other fields)")
             self._tables[axis] = table
-        return self._tables[axis]
+            return table
 
     def _open_file(self) -> h5py.File:
         if self._file is None or self._owner != os.getpid():  # a handle must not be shared after a fork
@@ -271,6 +260,13 @@ class StoreReader:
             self._file, self._tables = h5py.File(self.path, "r", locking=False, rdcc_nbytes=CACHE_BYTES), {}
             self._owner = os.getpid()
         return self._file
+
+    def _described(self, text: str) -> tuple[Field, ...]:
+        """Fields from JSON, which has no checksum of its own."""
+        try:
+            return tuple(Field(**{**field, "shape": tuple(field["shape"])}) for field in json.loads(text))
+        except TypeError as error:
+            raise self._damaged(error) from error
 
     def _check_tables(self) -> None:
         expected: dict[str | None, int] = {None: self._num_records}
@@ -290,10 +286,72 @@ class StoreReader:
         except FileNotFoundError:
             raise
         except (OSError, KeyError, json.JSONDecodeError) as error:
-            raise ValueError(
-                f"{self.path}: corrupt or truncated store ({' '.join(str(error).split())}); prepare it again or fetch "
-                "a good copy"
-            ) from error
+            raise self._damaged(error) from error
+
+    def _damaged(self, error: Exception) -> ValueError:
+        reason = " ".join(str(error).split())
+        return ValueError(f"{self.path}: corrupt or truncated store ({reason}); prepare it again or fetch a good copy")
+
+
+def gather(places: Sequence[tuple[StoreReader, int]]) -> Columns:
+    """Records of stores with the same fields, at least one, in any order; one read per table and record.
+
+    Raises:
+        ValueError: stores with other fields than the first one's; as `StoreReader`.
+        IndexError: a record that its store does not have.
+    """
+    return _read_columns([(store, index, index + 1) for store, index in places])
+
+
+_Range: TypeAlias = tuple[StoreReader, int, int]
+"""Rows of a table, or records: of which store, the first, and where they end."""
+
+
+def _read_columns(ranges: Sequence[_Range]) -> Columns:
+    """Records start..stop-1 of each store, one range after the other."""
+    first = ranges[0][0]
+    for store in {store for store, _, _ in ranges}:
+        if store is not first and store.fields != first.fields:
+            raise ValueError(f"{store.path}: its fields differ from those of {first.path}; prepare it again")
+    for store, start, stop in ranges:
+        if not 0 <= start < stop <= len(store):
+            raise IndexError(f"records {start}..{stop - 1} of {store.path}, which has {len(store)}")
+    records = _read_rows(None, ranges)
+    tables: dict[str | None, np.ndarray] = {None: records}
+    counts = {}
+    for axis in _axes(first.fields):
+        bounds = records[_bounds_name(axis)]
+        counts[axis] = bounds[:, 1] - bounds[:, 0]
+        tables[axis] = _read_rows(axis, _row_ranges(ranges, bounds))
+    # Copies: what lies inside of rows is neither contiguous nor aligned.
+    return Columns(
+        num_records=len(records),
+        values={field.name: tables[field.axis][field.name].copy() for field in first.fields},
+        masks={field.name: records[_mask_name(field.name)] for field in first.fields if field.optional},
+        counts=counts,
+    )
+
+
+def _read_rows(axis: str | None, ranges: Sequence[_Range]) -> np.ndarray:
+    """Rows start..stop-1 of that table of each store, one range after the other, (n,) of the type of a row."""
+    tables = {store: store._table(axis) for store in {store for store, _, _ in ranges}}
+    parts = []
+    for store, start, stop in ranges:
+        try:
+            parts.append(tables[store].dataset[start:stop])
+        except OSError as error:
+            raise store._damaged(error) from error
+    return (parts[0] if len(parts) == 1 else np.concatenate(parts)).view(tables[ranges[0][0]].dtype)[:, 0]
+
+
+def _row_ranges(records: Sequence[_Range], bounds: np.ndarray) -> list[_Range]:
+    """Rows of an axis that belong to each range of records, from first row and end of every record, (n, 2)."""
+    stores = [store for store, _, _ in records]
+    if len(records) < len(bounds):
+        counts = np.array([stop - start for _, start, stop in records])
+        ends = np.cumsum(counts)
+        bounds = np.column_stack([bounds[ends - counts, 0], bounds[ends - 1, 1]])
+    return [(store, start, stop) for store, (start, stop) in zip(stores, bounds.tolist(), strict=True)]
 
 
 class _Table:
@@ -348,7 +406,7 @@ def _extend(table: h5py.Dataset, rows: np.ndarray) -> None:
     table[old:] = rows.view(np.uint8).reshape(len(rows), -1) if len(rows) else np.empty((0, table.shape[1]), np.uint8)
 
 
-def _stack(records: Sequence[Record], fields: Sequence[Field]) -> _Columns:
+def _stack(records: Sequence[Record], fields: Sequence[Field]) -> Columns:
     """Records to columns. The rows of an axis are counted on its first field, which must not be optional."""
     counts: dict[str, np.ndarray] = {}
     values, masks = {}, {}
@@ -366,4 +424,4 @@ def _stack(records: Sequence[Record], fields: Sequence[Field]) -> _Columns:
         values[field.name] = np.stack(arrays) if field.axis is None else np.concatenate(arrays)
         if field.optional:
             masks[field.name] = np.array([entry is not None for entry in entries], dtype=np.uint8)
-    return _Columns(num_records=len(records), values=values, masks=masks, counts=counts)
+    return Columns(num_records=len(records), values=values, masks=masks, counts=counts)

@@ -25,7 +25,7 @@ import numpy as np
 
 from janus.data.store import StoreReader
 from matris.data.labels import LabelKeys, present_keys, read_charge_and_spin, read_labels
-from matris.data.records import Sample, from_record
+from matris.data.records import Sample, samples_of
 from matris.graph.structure import Structure
 
 if TYPE_CHECKING:
@@ -390,8 +390,7 @@ def _read_records(block: FrameBlock, task: str | None, split_key: str | None) ->
     store = StoreReader(block.path)
     if split_key is not None:
         check_split_key(store, split_key)
-    for record in store.read(block.frames[0], block.frames[-1] + 1):
-        sample = from_record(record)
+    for sample in samples_of(store.columns(block.frames[0], block.frames[-1] + 1)):
         sample = sample if split_key is not None else replace(sample, group=None)
         labels = vars(sample.labels)
         sources = {name: "store" for name, value in labels.items() if value is not None}

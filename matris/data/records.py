@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from janus.data.store import Field
+from janus.data.store import Columns, Field
 from matris.graph.build import GraphSize
 from matris.graph.structure import Labels, Structure
 
@@ -88,25 +88,53 @@ def _group_bytes(group: str) -> bytes:
     return value[: MAX_GROUP_BYTES // 2 - 1].decode(errors="ignore").encode() + b"~" + digest.encode()
 
 
-def from_record(record: Mapping[str, Any], *, task: str | None = None) -> Sample:
-    """The sample that `to_record` was given, of that task or of another."""
-    energy, group = record["energy"], record["group"]
-    return Sample(
-        identifier=record["identifier"].tobytes().decode(),
-        structure=Structure(
-            numbers=record["numbers"].astype(np.int64),
-            positions=record["positions"],
-            cell=record["cell"],
-            pbc=record["pbc"].astype(bool),
-        ),
-        labels=Labels(
-            energy=None if energy is None else float(energy),
-            forces=record["forces"],
-            stress=record["stress"],
-            magmoms=record["magmoms"],
-        ),
-        task=bytes(record["task"]).decode() if task is None else task,
-        charge=float(record["charge"]),
-        spin=float(record["spin"]),
-        group=None if group is None else bytes(group).decode(),
+def samples_of(columns: Columns, *, tasks: Sequence[str] | None = None) -> list[Sample]:
+    """The samples that `to_record` was given, of these tasks or of their own.
+
+    Made together, because for small structures most of the time of reading is what is done for each of them alone.
+    """
+    values = columns.values
+    atoms = columns.rows("atoms")
+    structures = Structure.several(
+        numbers=values["numbers"].astype(np.int64),
+        positions=values["positions"],
+        cells=values["cell"],
+        pbc=values["pbc"].astype(bool),
+        atoms=atoms,
     )
+    groups = columns.present("group", values["group"].tolist())
+    own = tasks or [task.decode() for task in values["task"].tolist()]
+    text = values["identifier"].tobytes()
+    return [
+        Sample(
+            identifier=text[letters].decode(),
+            structure=structure,
+            labels=labels,
+            task=task,
+            charge=charge,
+            spin=spin,
+            group=None if group is None else group.decode(),
+        )
+        for letters, structure, labels, task, charge, spin, group in zip(
+            columns.rows("identifier"),
+            structures,
+            _labels_of(columns, atoms),
+            own,
+            values["charge"].tolist(),
+            values["spin"].tolist(),
+            groups,
+            strict=True,
+        )
+    ]
+
+
+def _labels_of(columns: Columns, atoms: Sequence[slice]) -> list[Labels]:
+    values = columns.values
+    each = {
+        "energy": values["energy"].tolist(),
+        "forces": (values["forces"][own] for own in atoms),
+        "stress": values["stress"],
+        "magmoms": (values["magmoms"][own] for own in atoms),
+    }
+    present = zip(*(columns.present(name, each[name]) for name in LABEL_NAMES), strict=True)
+    return [Labels(energy=e, forces=f, stress=s, magmoms=m) for e, f, s, m in present]

@@ -1,5 +1,7 @@
 """Graphs against ASE's neighbour list and against direct enumeration."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from ase import Atoms
@@ -105,6 +107,29 @@ def test_bad_structures_are_refused(change, message):
     Structure(**good)
     with pytest.raises(ValueError, match=message):
         Structure(**{**good, **change})
+    if message != "shapes":  # of arrays that are joined they are right
+        with pytest.raises(ValueError, match=message):
+            several(Structure(**good), SimpleNamespace(**{**good, **change}))
+
+
+def several(*structures):
+    """Of the arrays of some."""
+    sizes = [len(structure.numbers) for structure in structures]
+    ends = np.cumsum(sizes)
+    return Structure.several(
+        numbers=np.concatenate([structure.numbers for structure in structures]),
+        positions=np.concatenate([structure.positions for structure in structures]),
+        cells=np.stack([structure.cell for structure in structures]),
+        pbc=np.stack([structure.pbc for structure in structures]),
+        atoms=[slice(end - size, end) for end, size in zip(ends, sizes, strict=True)],
+    )
+
+
+def test_several_structures_are_each_one():
+    expected = [Structure.from_atoms(atoms) for atoms in KINDS.values()]
+    for got, structure in zip(several(*expected), expected, strict=True):
+        for name, value in vars(structure).items():
+            np.testing.assert_array_equal(getattr(got, name), value, strict=True)
 
 
 def test_coincident_atoms_are_refused():

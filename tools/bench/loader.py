@@ -2,8 +2,11 @@
 
     OMP_NUM_THREADS=1 python tools/bench/loader.py --data shared/data/mp_crystals/train.xyz.gz --output loader.json
 
-Reading: the same structures with their labels, in the same random order, in this process: from a store, from an ASE db
-(SQLite), and from a store as micro-batches with their graphs, by turns (ABC, CBA, ...), each structure once per turn.
+Reading: the same structures with all their labels, in the same random order, in this process: from a store as the
+loader's workers do it (a micro-batch at a time), and one by one; from an ASE db (SQLite) that stays open, with the
+labels asked of the atoms, and without asking; and from a store as micro-batches with their graphs. By turns (ABC, CBA,
+...), each structure once per turn. That store and db hold the same is checked first, to the last bit. The db holds
+these structures alone, the store all.
 Packing: global batches of all data over 64 ranks; the largest load over the mean, and what it is at least, since
 structures are whole. Waiting: the column `data_wait` of a short training run. Memory: what a process of its own has
 private, beyond its imports, with the data set open and after reading at random; of copies of the data, one after the
@@ -34,6 +37,7 @@ import torch
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.db import connect
+from ase.stress import full_3x3_to_voigt_6_stress
 
 from janus.data.packing import Budget, plan_micro_batches
 from janus.data.sampler import GlobalBatchSampler
@@ -41,6 +45,7 @@ from janus.data.store import StoreReader, StoreWriter
 from janus.telemetry.csv_log import read_csv
 from matris.calibration import formula_cost
 from matris.data.dataset import Collate, StructureDataset, open_dataset
+from matris.data.records import Sample
 from matris.presets import PRESETS
 from matris.run import run_training
 from matris.train_config import DataConfig, TrainConfig, TrainingConfig
@@ -55,6 +60,7 @@ def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", required=True)
     parser.add_argument("--structures", type=int, default=500, help="that are read in a turn")
+    parser.add_argument("--micro_batch", type=int, default=16, help="structures that are read at a time")
     parser.add_argument("--turns", type=int, default=6)
     parser.add_argument("--copies", type=int, nargs="+", default=[1, 4, 16], help="of the data, for the memory")
     parser.add_argument("--preset", default="s", help="of the run that waits for its data")
@@ -91,54 +97,107 @@ def main(words: list[str] | None = None) -> int:
 
 
 def _reading(dataset: StructureDataset, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Median structures/s of each way, and the median ratio of the first to that of the ASE db in the same turn."""
+    """Structures/s of each way, and ratios of the store's to those of the ASE db in the same turn."""
     hyper = PRESETS[options.preset]
-    chosen = np.random.default_rng(0).permutation(len(dataset))[: options.structures]
-    database = folder / "structures.db"
-    with connect(database) as db:
-        for index in chosen:
-            db.write(_atoms(dataset, int(index)))
+    chosen = np.random.default_rng(0).permutation(len(dataset))[: options.structures].tolist()
+    parts = [chosen[start : start + options.micro_batch] for start in range(0, len(chosen), options.micro_batch)]
+    rows = {index: row for row, index in enumerate(sorted(chosen), start=1)}  # as the db numbers them
     collate = Collate(
         pairwise_cutoff=hyper.pairwise_cutoff,
         three_body_cutoff=hyper.three_body_cutoff,
         task_names=dataset.task_names,
     )
+    with connect(folder / "structures.db") as db:
+        for index in rows:
+            db.write(as_atoms(dataset[index]))
+    with db:  # or each row would open the file again, which takes as long as decoding the row
 
-    def from_store() -> None:
-        for index in chosen:
-            dataset[int(index)]
+        def from_store() -> None:
+            for part in parts:
+                dataset.__getitems__(part)
 
-    def from_ase_db() -> None:
-        for row in range(1, len(chosen) + 1):
-            atoms = db.get(row).toatoms()
-            atoms.get_potential_energy(), atoms.get_forces()
+        def one_by_one() -> None:
+            for index in chosen:
+                dataset[index]
 
-    def micro_batches() -> None:
-        for start in range(0, len(chosen), options.batch_size):
-            collate([dataset[int(index)] for index in chosen[start : start + options.batch_size]])
+        def from_ase_db() -> None:
+            for index in chosen:
+                _ask(db.get(rows[index]).toatoms())
 
-    ways: dict[str, Callable[[], None]] = {"store": from_store, "ase_db": from_ase_db, "micro_batches": micro_batches}
+        def unasked() -> None:
+            for index in chosen:
+                db.get(rows[index]).toatoms()
+
+        def micro_batches() -> None:
+            for part in parts:
+                collate(dataset.__getitems__(part))
+
+        for index, sample in zip(chosen, dataset.__getitems__(chosen), strict=True):
+            check_same(sample, db.get(rows[index]).toatoms())
+        ways = {
+            "store": from_store,
+            "store_one_by_one": one_by_one,
+            "ase_db": from_ase_db,
+            "ase_db_unasked": unasked,
+            "micro_batches": micro_batches,
+        }
+        speeds = _by_turns(ways, options.turns, len(chosen))
+    ratios = {
+        f"{ours}_over_{theirs}": _spread(np.divide(speeds[ours], speeds[theirs]).tolist())
+        for ours in ("store", "store_one_by_one")
+        for theirs in ("ase_db", "ase_db_unasked")
+    }
+    return {"structures_per_s": {name: _spread(values) for name, values in speeds.items()}, **ratios}
+
+
+def _by_turns(ways: dict[str, Callable[[], None]], turns: int, structures: int) -> dict[str, list[float]]:
+    """Structures/s of each way in each turn."""
     speeds: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(options.turns):
+    for turn in range(turns):
         for name in list(ways)[:: 1 if turn % 2 == 0 else -1]:
             start = time.perf_counter()
             ways[name]()
-            speeds[name].append(len(chosen) / (time.perf_counter() - start))
-    ratios = [ours / theirs for ours, theirs in zip(speeds["store"], speeds["ase_db"], strict=True)]
-    return {
-        "structures_per_s": {name: _spread(values) for name, values in speeds.items()},
-        "store_over_ase_db": _spread(ratios),
-    }
+            speeds[name].append(structures / (time.perf_counter() - start))
+    return speeds
 
 
-def _atoms(dataset: StructureDataset, index: int) -> Atoms:
-    """With energy and forces; zero where there are none."""
-    sample = dataset[index]
+def as_atoms(sample: Sample) -> Atoms:
+    """With the labels that there are; stress as ASE has it, (6,) in Voigt's order."""
     structure, labels = sample.structure, sample.labels
     atoms = Atoms(numbers=structure.numbers, positions=structure.positions, cell=structure.cell, pbc=structure.pbc)
-    forces = np.zeros((len(atoms), 3)) if labels.forces is None else labels.forces
-    atoms.calc = SinglePointCalculator(atoms, energy=labels.energy or 0.0, forces=forces)
+    stress = None if labels.stress is None else full_3x3_to_voigt_6_stress(labels.stress)
+    atoms.calc = SinglePointCalculator(
+        atoms, energy=labels.energy, forces=labels.forces, stress=stress, magmoms=labels.magmoms
+    )
     return atoms
+
+
+def _ask(atoms: Atoms) -> None:
+    """For the labels, as code that trains does; the calculator compares its atoms with these each time."""
+    for name, ask in (
+        ("energy", atoms.get_potential_energy),
+        ("forces", atoms.get_forces),
+        ("stress", partial(atoms.get_stress, voigt=False)),
+        ("magmoms", atoms.get_magnetic_moments),
+    ):
+        if atoms.calc.results.get(name) is not None:
+            ask()
+
+
+def check_same(sample: Sample, atoms: Atoms) -> None:
+    """Raises ValueError unless both are the same structure with the same labels, to the last bit."""
+    ours, theirs = (
+        {
+            **{name: value for name, value in one.calc.results.items() if value is not None},
+            **one.arrays,
+            "cell": one.cell.array,
+            "pbc": one.pbc,
+        }
+        for one in (as_atoms(sample), atoms)
+    )
+    differing = {name for name in {*ours, *theirs} if not np.array_equal(ours.get(name), theirs.get(name))}
+    if differing:
+        raise ValueError(f"{sample.identifier}: store and ASE db differ in {', '.join(sorted(differing))}")
 
 
 def _packing(dataset: StructureDataset, cost: np.ndarray) -> list[dict[str, Any]]:

@@ -95,6 +95,18 @@ def test_reads_lazily():
     assert len(seen) <= 12
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_data_set_that_can_is_asked_for_a_micro_batch_at_once(num_workers):
+    class Together(Broken):
+        def __getitems__(self, indices: list[int]) -> list[int]:
+            return [*indices, -1]  # to be told from records
+
+    budget = Budget(limits=(40, None, None), names=("a", "b", "c"))
+    plain = make_loader(budget=budget)
+    for batch, expected in zip(make_loader(Together(50), budget=budget, num_workers=num_workers), plain, strict=True):
+        assert batch.micro_batches == [[-1, *micro_batch] for micro_batch in expected.micro_batches]
+
+
 def test_oversize_record_is_refused_at_the_start():
     with pytest.raises(ValueError, match=r"number \d+: "):
         make_loader(budget=Budget(limits=(3, None, None), names=("a", "b", "c")))

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from janus.data.store import Field, StoreReader, StoreWriter
+from janus.data.store import Field, StoreReader, StoreWriter, gather
 
 FIELDS = (
     Field(name="position", dtype="float64", shape=(3,), axis="atom"),
@@ -171,6 +171,55 @@ def test_a_record_is_read_with_one_read_of_each_table(tmp_path, monkeypatch):
     monkeypatch.setattr(dataset, "__getitem__", counted(dataset.__getitem__, ranges))
     reader[3]
     assert len(ranges) == 3  # records, atoms, letters
+    reader.read(0, 5)
+    assert len(ranges) == 3 + 3
+    gather([(reader, index) for index in (4, 0, 2, 3)])
+    assert len(ranges) == 3 + 3 + 4 * 3
+
+
+def test_gathered_records_are_those_that_were_asked_for(tmp_path):
+    records = make_records(50)
+    first, second = write(tmp_path / "a.h5", records[:20]), write(tmp_path / "b.h5", records[20:])
+    chosen = np.random.default_rng(0).permutation(50)
+    columns = gather([(first, int(i)) if i < 20 else (second, int(i) - 20) for i in chosen])
+    assert columns.num_records == 50
+    for place, (i, atoms, letters) in enumerate(zip(chosen, columns.rows("atom"), columns.rows("letter"), strict=True)):
+        own = {"position": atoms, "force": atoms, "energy": place, "size": place, "name": letters}
+        got = {name: columns.values[name][where] for name, where in own.items()}
+        missing = [name for name, mask in columns.masks.items() if not mask[place]]
+        assert_same({**got, **dict.fromkeys(missing)}, records[i])
+    assert columns.present("energy", range(50)) == [None if i % 4 == 0 else n for n, i in enumerate(chosen)]
+
+
+def test_gathering_names_the_store_that_is_wrong(tmp_path):
+    records = make_records(400)
+    good, bad = write(tmp_path / "good.h5", records), write(tmp_path / "bad.h5", records)
+    with pytest.raises(IndexError, match=r"400\.\.400 of .*bad\.h5, which has 400"):
+        gather([(good, 0), (bad, 400)])
+    with pytest.raises(IndexError, match=r"-1\.\.-1 of .*good\.h5"):
+        gather([(good, -1)])
+    number = next(i for i in range(300, 400) if len(records[i]["position"]))
+    content = bytearray(bad.path.read_bytes())
+    content[content.index(records[number]["position"][0].tobytes()) + 5] ^= 1
+    bad.path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"bad\.h5: corrupt or truncated"):
+        gather([(good, 0), (StoreReader(bad.path), number)])
+    with StoreWriter(tmp_path / "other.h5", FIELDS[:-1]) as writer:
+        writer.append([{name: value for name, value in records[0].items() if name != "name"}])
+        writer.finish({})
+    with pytest.raises(ValueError, match=r"other\.h5: its fields differ from those of .*good\.h5"):
+        gather([(good, 0), (StoreReader(tmp_path / "other.h5"), 0)])
+
+
+def test_a_damaged_description_is_refused(tmp_path):
+    import h5py
+
+    path = tmp_path / "a.h5"
+    write(path, make_records(3))
+    with h5py.File(path, "r+") as file:
+        file.attrs["fields"] = file.attrs["fields"].replace("optional", "optio~al", 1)
+    with pytest.raises(ValueError, match=r"a\.h5: corrupt or truncated store \(.*optio~al"):
+        StoreReader(path)
 
 
 def counted(function, calls):

@@ -196,3 +196,32 @@ def test_demo_is_deterministic_and_small(tmp_path):
     assert {len(ase.io.read(path, ":")) for path in (first.valid, first.test)} == {2}
     with pytest.raises(ValueError, match="at least 10"):
         make_demo(tmp_path, num=5)
+
+
+def test_samples_together_are_samples_one_by_one(demo, tmp_path):
+    """Of several stores, in any order, with repeats; and a structure is three reads of a file."""
+    files = []
+    for number, frames in enumerate((ase.io.read(demo.train, ":7"), [unlabelled(1), copper(2)])):
+        ase.io.write(tmp_path / f"{number}.xyz", frames)
+        files.append(tmp_path / f"{number}.xyz")
+    dataset = open_dataset(files, **CUTOFFS, cache_dir=tmp_path / "cache").subset(np.array([8, 1, 7, 0, 3, 5]))
+    chosen = [5, 0, 2, 2, 1]
+    together = dataset.__getitems__(chosen)
+    for index, sample in zip(chosen, together, strict=True):
+        alone = dataset[index]
+        for one, other in ((sample, alone), (sample.structure, alone.structure), (sample.labels, alone.labels)):
+            for name, value in vars(one).items():
+                if name not in ("structure", "labels"):
+                    np.testing.assert_array_equal(value, getattr(other, name), strict=isinstance(value, np.ndarray))
+    assert together[2].labels.forces is None  # the unlabelled one
+    assert not np.shares_memory(together[2].structure.positions, together[3].structure.positions)
+
+
+def test_a_structure_is_three_reads(dataset, monkeypatch):
+    """Whatever its size, its labels, and how many come together."""
+    calls = []
+    table = type(dataset.stores[0]._table(None).dataset)
+    plain = table.__getitem__
+    monkeypatch.setattr(table, "__getitem__", lambda self, rows: calls.append(rows) or plain(self, rows))
+    dataset.__getitems__([3, 40, 17, 5])
+    assert len(calls) == 4 * 3

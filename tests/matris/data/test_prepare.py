@@ -13,7 +13,7 @@ from janus.data.store import StoreReader
 from matris.cli import prepare as cli
 from matris.data.labels import SEARCH_ORDER, LabelKeys
 from matris.data.prepare import PrepareOptions, prepare
-from matris.data.records import from_record
+from matris.data.records import samples_of
 from matris.graph.build import count_graph
 from tests.matris.data.frames_of import copper, unlabelled
 
@@ -49,7 +49,7 @@ def test_store_holds_samples_and_sizes(xyz, tmp_path):
     assert reader.attributes["pairwise_cutoff"] == 6.0
     for number in (0, 33, 69):
         record = reader[number]
-        sample = from_record(record)
+        (sample,) = samples_of(reader.columns(number, number + 1))
         assert (sample.identifier, sample.task) == (f"{xyz}:{number}", "emt")
         size = count_graph(sample.structure, pairwise_cutoff=6.0, three_body_cutoff=4.5)
         assert record["size"].tolist() == [size.num_atoms, size.num_edges, size.num_angles]
@@ -179,7 +179,7 @@ def test_missing_labels_are_masked(tmp_path):
     reader = StoreReader(tmp_path / "out.h5")
     assert reader.mask("energy").tolist() == [True, False, True]
     assert reader.mask("stress").tolist() == [True, False, False]
-    assert from_record(reader[1]).labels.forces is None
+    assert samples_of(reader.columns(1, 2))[0].labels.forces is None
 
 
 @pytest.mark.parametrize("content", ["", "\n"])
