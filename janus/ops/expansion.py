@@ -101,7 +101,8 @@ class _Bessel(torch.autograd.Function):
         length, frequencies = ctx.saved_tensors
         of_frequencies = wants_gradient(ctx, 1)
         if not torch.is_grad_enabled():
-            return *_bessel_gradients(length, frequencies, grad, of_frequencies, ctx.shape), None
+            g_length, *rest = _bessel_gradients(length, frequencies, grad, of_frequencies, ctx.shape)
+            return g_length, rest[0] if rest else None, None
         if not of_frequencies:
             return _BesselGrad.apply(length, frequencies, grad, ctx.shape), None, None
 
@@ -118,18 +119,19 @@ class _BesselGrad(torch.autograd.Function):
     def forward(ctx: Any, length: Tensor, frequencies: Tensor, grad: Tensor, shape: dict) -> Tensor:
         ctx.save_for_backward(length, frequencies, grad)
         ctx.shape = shape
-        return _bessel_gradients(length, frequencies, grad, False, shape)[0]
+        (g_length,) = _bessel_gradients(length, frequencies, grad, False, shape)
+        return g_length
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor):
         length, frequencies, grad = ctx.saved_tensors
         if torch.is_grad_enabled():
 
-            def plain(length: Tensor, frequencies: Tensor, grad: Tensor) -> Tensor:
+            def plain(length: Tensor, frequencies: Tensor, grad: Tensor):
                 def value(length: Tensor, frequencies: Tensor) -> Tensor:
                     return plain_bessel_expansion(length, frequencies, **ctx.shape)
 
-                return recorded_gradients(value, (length, frequencies), (grad,), count=1)[0]
+                return recorded_gradients(value, (length, frequencies), (grad,), count=1)
 
             return *recorded_gradients(plain, (length, frequencies, grad), (cotangent,)), None
 
@@ -160,7 +162,8 @@ class _Fourier(torch.autograd.Function):
         x, frequencies = ctx.saved_tensors
         of_frequencies = wants_gradient(ctx, 1)
         if not torch.is_grad_enabled():
-            return _fourier_gradients(x, frequencies, grad, of_frequencies)
+            g_x, *rest = _fourier_gradients(x, frequencies, grad, of_frequencies)
+            return g_x, rest[0] if rest else None
         if not of_frequencies:
             return _FourierGrad.apply(x, frequencies, grad), None
         return recorded_gradients(plain_fourier_expansion, (x, frequencies), (grad,))
@@ -172,15 +175,16 @@ class _FourierGrad(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, frequencies: Tensor, grad: Tensor) -> Tensor:
         ctx.save_for_backward(x, frequencies, grad)
-        return _fourier_gradients(x, frequencies, grad, False)[0]
+        (g_x,) = _fourier_gradients(x, frequencies, grad, False)
+        return g_x
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor):
         x, frequencies, grad = ctx.saved_tensors
         if torch.is_grad_enabled():
 
-            def plain(x: Tensor, frequencies: Tensor, grad: Tensor) -> Tensor:
-                return recorded_gradients(plain_fourier_expansion, (x, frequencies), (grad,), count=1)[0]
+            def plain(x: Tensor, frequencies: Tensor, grad: Tensor):
+                return recorded_gradients(plain_fourier_expansion, (x, frequencies), (grad,), count=1)
 
             return recorded_gradients(plain, (x, frequencies, grad), (cotangent,))
 
@@ -193,20 +197,18 @@ class _FourierGrad(torch.autograd.Function):
         return g_x, rest[0] if rest else None, g_grad
 
 
-def _bessel_gradients(length, frequencies, grad, of_frequencies: bool, shape: dict) -> tuple[Tensor, Tensor | None]:
+def _bessel_gradients(length, frequencies, grad, of_frequencies: bool, shape: dict) -> tuple[Tensor, ...]:
     def first(grad: Tensor, length: Tensor) -> tuple[Tensor, ...]:
         return _bessel_first_derivative(length, frequencies, grad, **shape, of_frequencies=of_frequencies)
 
-    g_length, *rest = map_rows(first, (grad, length), num_summed=int(of_frequencies))
-    return g_length, rest[0] if rest else None
+    return map_rows(first, (grad, length), num_summed=int(of_frequencies))
 
 
-def _fourier_gradients(x, frequencies, grad, of_frequencies: bool) -> tuple[Tensor, Tensor | None]:
+def _fourier_gradients(x, frequencies, grad, of_frequencies: bool) -> tuple[Tensor, ...]:
     def first(grad: Tensor, x: Tensor) -> tuple[Tensor, ...]:
         return _fourier_first_derivative(x, frequencies, grad, of_frequencies=of_frequencies)
 
-    g_x, *rest = map_rows(first, (grad, x), num_summed=int(of_frequencies))
-    return g_x, rest[0] if rest else None
+    return map_rows(first, (grad, x), num_summed=int(of_frequencies))
 
 
 def _as_wide_as(frequencies: Tensor, column: Tensor) -> Tensor:
@@ -221,9 +223,11 @@ def _bessel_value(length, frequencies, *, cutoff: float, exponent: int) -> tuple
 
 
 @fusable("expansion.bessel_first_derivative", native=False)
-def _bessel_first_derivative(length, frequencies, grad, *, cutoff, exponent, of_frequencies: bool):
+def _bessel_first_derivative(
+    length, frequencies, grad, *, cutoff, exponent, of_frequencies: bool
+) -> tuple[Tensor, ...]:
     """Gradient of length (E,), and of frequencies (1, K) if asked for."""
-    x, q, slope, _ = _bessel_factors(length, cutoff, exponent)
+    x, q, slope = _bessel_factors(length, cutoff, exponent, order=1)
     phase = x[:, None] * frequencies
     along_cosine, along_sine = phase.cos().mul_(grad), phase.sin_().mul_(grad)
     g_frequencies = (along_cosine * (q * x)[:, None]).sum(0, keepdim=True) if of_frequencies else None
@@ -232,20 +236,22 @@ def _bessel_first_derivative(length, frequencies, grad, *, cutoff, exponent, of_
 
 
 @fusable("expansion.bessel_second_derivative", native=False)
-def _bessel_second_derivative(length, frequencies, grad, cotangent, *, cutoff, exponent, of_frequencies: bool):
+def _bessel_second_derivative(
+    length, frequencies, grad, cotangent, *, cutoff, exponent, of_frequencies: bool
+) -> tuple[Tensor, ...]:
     """Gradients of <cotangent, dlength> for length, grad and, if asked for, frequencies.
 
     dlength is the output of `_bessel_first_derivative`; with s and c the sine and cosine and k = w / rc,
     b' = q' s + q k c,  b'' = q'' s + 2 q' k c - q k^2 s,  db'/dw = (q' x + q / rc) c - q k x s.
     """
-    x, q, slope, bend = (factor[:, None] for factor in _bessel_factors(length, cutoff, exponent))
+    x, q, slope, bend = (factor[:, None] for factor in _bessel_factors(length, cutoff, exponent, order=2))
     wave, v = frequencies / cutoff, cotangent[:, None]
     phase = x * frequencies
     cosine, sine = phase.cos(), phase.sin_()
     g_grad = (cosine * wave).mul_(v * q).addcmul_(sine, v * slope)
     along_cosine, along_sine = cosine.mul_(grad), sine.mul_(grad)
     turned = along_sine * wave
-    rest = ()
+    rest: tuple[Tensor, ...] = ()
     if of_frequencies:
         rest = ((along_cosine * (v * (slope * x + q / cutoff))).sub_(turned * (v * q * x)).sum(0, keepdim=True),)
     of_sine = bend[:, 0] * along_sine.sum(1) - q[:, 0] * turned.mul_(wave).sum(1)
@@ -286,34 +292,32 @@ def _fourier_second_derivative(x, frequencies, grad, cotangent, *, of_frequencie
     g_grad = torch.cat([torch.zeros_like(x)[:, None], weight * cosine, (weight * sine).neg_()], dim=1)
     along = (cosine * of_sine).addcmul_(sine, of_cosine, value=-1)
     turned = sine.mul_(of_sine).addcmul_(cosine, of_cosine).mul_(frequencies)  # minus the next derivative by t
-    rest = ()
+    rest: tuple[Tensor, ...] = ()
     if of_frequencies:
         rest = (torch.addcmul(along, turned, angle[:, None], value=-1).mul_((v * slope)[:, None]).sum(0, keepdim=True),)
     curved = x * slope * along.mul_(frequencies).sum(1) - turned.mul_(frequencies).sum(1)
     return v * slope * slope * curved, g_grad, *rest
 
 
-def _bessel_factors(length: Tensor, cutoff: float, exponent: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x, q, q' and q'' of the notation above, (E,) each; the last three exactly zero from the cutoff on.
+def _bessel_factors(length: Tensor, cutoff: float, exponent: int, *, order: int) -> tuple[Tensor, ...]:
+    """x, q, q' and, if `order` is 2, q'' of the notation above, (E,) each; all but x are exactly zero from rc on.
 
     With u' = -p(p+1)(p+2)/2 x^(p-1) (1-x)^2 and its derivative.
     """
     x = length / cutoff
     inside = x.clamp(max=1.0)
     rest = 1 - inside
-    factor = -exponent * (exponent + 1) * (exponent + 2) / 2
+    lower = inside ** max(0, exponent - 2)
+    power = lower * inside if exponent > 1 else lower
     u = _envelope(inside, exponent)
-    u_slope = factor * inside ** (exponent - 1) * rest * rest
-    u_bend = factor * rest * (_power_slope(inside, exponent) * rest - 2 * inside ** (exponent - 1))
     inverse = 1 / length
     scale = math.sqrt(2.0 / cutoff) * inverse
-    slope = u_slope / cutoff - u * inverse
-    return x, scale * u, scale * slope, scale * (u_bend / cutoff**2 - 2 * inverse * slope)
-
-
-def _power_slope(x: Tensor, exponent: int) -> Tensor:
-    """The derivative of x^(exponent - 1)."""
-    return torch.zeros_like(x) if exponent == 1 else (exponent - 1) * x ** (exponent - 2)
+    steep = -exponent * (exponent + 1) * (exponent + 2) / 2 * rest
+    slope = steep * rest * power / cutoff - u * inverse
+    if order == 1:
+        return x, scale * u, scale * slope
+    bend = steep * ((exponent - 1) * lower * rest - 2 * power) / cutoff**2
+    return x, scale * u, scale * slope, scale * (bend - 2 * inverse * slope)
 
 
 def _envelope(x: Tensor, exponent: int) -> Tensor:

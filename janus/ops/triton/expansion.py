@@ -17,8 +17,8 @@ from torch import Tensor
 
 from janus.ops.triton.tile import MAX_PROGRAMS, accumulator, row_tile, with_unit_stride
 
-_ELEMENTS = {"value": 2048, "first derivative": 1024, "second derivative": 512}
-"""Of a program's piece, so that what it holds at once stays in registers."""
+_ELEMENTS = 512
+"""Of a program's piece: sines and cosines are long machine code, written out for every element of a thread."""
 _NORM = 1 / math.sqrt(math.pi)
 
 
@@ -114,7 +114,7 @@ def _angle(x: Tensor) -> Tensor:
 
 def _tile(name: str, column: Tensor, frequencies: Tensor) -> dict[str, Any]:
     rows = column[:, None].expand(-1, frequencies.shape[1])
-    return row_tile(f"the basis' {name}", rows, _ELEMENTS[name]) | {"ACC": accumulator(column.dtype)}
+    return row_tile(f"the basis' {name}", rows, _ELEMENTS) | {"ACC": accumulator(column.dtype)}
 
 
 def _bessel(cutoff: float, exponent: int) -> dict[str, Any]:
