@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from janus.comm.adjoint import copy, reduce
 from janus.mesh import Mesh
+from janus.ops.expansion import polynomial_envelope
 from janus.ops.recompute import recomputing
 from janus.ops.segment import segment_sum
-from matris.basis.envelope import polynomial_envelope
 from matris.basis.radial import build_radial_basis
 from matris.blocks.compiled import CompiledBlocks
 from matris.blocks.edges import EdgeSet, Rows

@@ -140,7 +140,11 @@ def _gather(values: Tensor, index: Tensor) -> Tensor:
 
 def segment_max(rows: Tensor, index: Tensor, num_segments: int) -> Tensor:
     """Largest of the rows of each segment, detached, (num_segments, d); -inf where no row belongs."""
+    return _max_rows(rows.detach(), index, num_segments)[0]
+
+
+@fusable("segment.max_rows", compiled=False, native=False)
+def _max_rows(rows, index, num_segments: int) -> tuple[Tensor, ...]:
     lowest = rows.new_full((num_segments, rows.shape[1]), -torch.inf)
     # Rows with gaps between them, such as half the columns of a product, would take ten times as long.
-    packed = rows.detach().contiguous()
-    return lowest.scatter_reduce_(0, index[:, None].expand_as(rows), packed, reduce="amax")
+    return (lowest.scatter_reduce_(0, index[:, None].expand_as(rows), rows.contiguous(), reduce="amax"),)

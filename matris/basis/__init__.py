@@ -1,1 +1,1 @@
-"""Radial and angular expansions and the cutoff envelope."""
+"""Radial and angular expansions."""

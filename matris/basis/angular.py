@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from janus.ops.expansion import fourier_expansion
 from matris.config import AngularBasis, ModelConfig
 
 _COSINE_SCALE = 1.0 - 1e-6
@@ -28,9 +29,7 @@ class FourierExpansion(nn.Module):
 
     def forward(self, cosine: Tensor) -> Tensor:
         """(A,) to (A, num_columns)."""
-        phase = torch.acos(_COSINE_SCALE * cosine)[:, None] * self.frequencies
-        constant = torch.full_like(cosine, math.sqrt(0.5))[:, None]
-        return torch.cat([constant, phase.sin(), phase.cos()], dim=1) / math.sqrt(math.pi)
+        return fourier_expansion(cosine, self.frequencies, scale=_COSINE_SCALE)
 
 
 class SphericalExpansion(nn.Module):

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from matris.basis.envelope import polynomial_envelope
+from janus.ops.expansion import bessel_expansion, polynomial_envelope
 from matris.config import ModelConfig, RadialBasis
 
 
@@ -26,9 +26,7 @@ class BesselExpansion(nn.Module):
 
     def forward(self, length: Tensor) -> Tensor:
         """(E,) Angstrom to (E, num_radial)."""
-        length = length[:, None]
-        scale = math.sqrt(2.0 / self.cutoff) * polynomial_envelope(length, self.cutoff, self.exponent) / length
-        return scale * torch.sin(self.frequencies * (length / self.cutoff))
+        return bessel_expansion(length, self.frequencies, cutoff=self.cutoff, exponent=self.exponent)
 
 
 class GaussianExpansion(nn.Module):

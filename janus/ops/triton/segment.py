@@ -1,6 +1,6 @@
-"""Sums over the rows of a segment, and rows gathered from several places and added, each in one pass.
+"""Sums and maxima over the rows of a segment, and rows gathered from several places and added, each in one pass.
 
-A segment's rows are found through a permutation that sorts them, and added by one program in that order: no atomic
+A segment's rows are found through a permutation that sorts them, and taken by one program in that order: no atomic
 operation, so the same bits each time. Indices are read as they are, int32 or int64.
 """
 
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from janus.ops.triton.tile import accumulator
+from janus.ops.triton.tile import accumulator, with_unit_stride
 
 _ELEMENTS = 1024
 _MAX_BLOCK = 256
@@ -44,6 +44,19 @@ def sum_rows(rows: Tensor, index: Tensor, num_segments: int) -> tuple[Tensor]:
         flat, places.order, places.start, out, WIDTH=width, ACC=accumulator(rows.dtype), **tile
     )
     return (out.view(num_segments, *rows.shape[1:]),)
+
+
+def max_rows(rows: Tensor, index: Tensor, num_segments: int) -> tuple[Tensor]:
+    """As `janus.ops.segment`, except that what is not a number is passed over."""
+    rows = with_unit_stride(rows)
+    width = rows.shape[1]
+    out = rows.new_empty((num_segments, width))
+    places = _places_of(index, num_segments)
+    tile = _tile(width)
+    _max_rows[(num_segments, triton.cdiv(width, tile["BLOCK"]))](
+        *(rows, places.order, places.start, out, rows.stride(0)), WIDTH=width, ACC=accumulator(rows.dtype), **tile
+    )
+    return (out,)
 
 
 def gathered_sum(*values_and_indices: Tensor | None) -> tuple[Tensor]:
@@ -108,6 +121,31 @@ def _sum_rows(
         inside = (places < last)[:, None] & (columns < WIDTH)[None, :]
         total += tl.load(values + row[:, None] * WIDTH + columns[None, :], mask=inside, other=0).to(ACC)
     tl.store(out + segment * WIDTH + columns, tl.sum(total, 0), mask=columns < WIDTH)
+
+
+@triton.jit
+def _max_rows(
+    values,
+    order,
+    start,
+    out,
+    stride,
+    WIDTH: tl.constexpr,
+    ACC: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    segment = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    first, last = tl.load(start + segment), tl.load(start + segment + 1)
+    largest = tl.full((ROWS, BLOCK), float("-inf"), ACC)
+    for place in range(first, last, ROWS):
+        places = place + tl.arange(0, ROWS)
+        row = tl.load(order + places, mask=places < last, other=0).to(tl.int64)
+        inside = (places < last)[:, None] & (columns < WIDTH)[None, :]
+        found = tl.load(values + row[:, None] * stride + columns[None, :], mask=inside, other=float("-inf"))
+        largest = tl.maximum(largest, found.to(ACC))
+    tl.store(out + segment * WIDTH + columns, tl.max(largest, 0), mask=columns < WIDTH)
 
 
 @triton.jit

@@ -40,7 +40,7 @@ def row_tile(name: str, rows: Tensor, elements: int) -> dict[str, int]:
             f"the Triton kernel of {name} holds whole rows of at most {MAX_WIDTH} channels, and these have {width}: "
             "choose the kernels of torch"
         )
-    block = triton.next_power_of_2(width)
+    block = triton.next_power_of_2(max(1, width))
     count = max(1, elements // (2 if rows.dtype == torch.float64 else 1) // block)
     return {"WIDTH": width, "ROWS": count, "BLOCK": block, "num_warps": min(16, max(4, count * block // 256))}
 

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from janus.ops import attention, gated_norm, segment, silu
+from janus.ops import attention, expansion, gated_norm, segment, silu
 from janus.ops.fused import fusable, use_kernels
 
 DEVICE = torch.device(os.environ["JANUS_TEST_DEVICE"])
 KERNELS = os.environ["JANUS_TEST_KERNELS"]
 ROWS_AND_WIDTHS = [(0, 7), (3, 1), (1, 7), (37, 32), (5, 100), (2, 128)]
 """Rows and widths, in pieces of a program and beyond."""
+FORMATTED = ("silu", "norm True", "attention 10", "bessel 8", "fourier True")
+"""Of the cases, those that run in other number formats too."""
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 2e-2}
 
 
@@ -68,7 +70,34 @@ def attention_case(cap: float | None, enveloped: bool, nodes: int, order: int) -
     return case
 
 
+def bessel_case(exponent: int, of_frequencies: bool, order: int) -> Callable:
+    def case(rows: int, width: int, dtype: torch.dtype) -> tuple:
+        options = {"cutoff": 3.0, "exponent": exponent, **({"of_frequencies": of_frequencies} if order else {})}
+        lengths = (1.5 + rand(rows, seed=1).abs()).to(dtype)  # some beyond the cutoff
+        return BESSEL[order], expansion_arguments(lengths, rows, width, width, order), options
+
+    return case
+
+
+def fourier_case(of_frequencies: bool, order: int) -> Callable:
+    def case(rows: int, width: int, dtype: torch.dtype) -> tuple:
+        options = {"of_frequencies": of_frequencies} if order else {}
+        cosines = rand(rows, seed=1).tanh().to(dtype)
+        return FOURIER[order], expansion_arguments(cosines, rows, width, 2 * width + 1, order), options
+
+    return case
+
+
+def expansion_arguments(column: Tensor, rows: int, width: int, columns: int, order: int) -> list[Tensor]:
+    frequencies = torch.linspace(1.0, 4.0, width, dtype=torch.float64).to(DEVICE, column.dtype)[None]
+    # Rows with a gap between them.
+    arguments = [column, frequencies, rand(rows, columns + 1, seed=2, dtype=column.dtype)[:, :columns]]
+    return [*arguments, rand(rows, seed=3, dtype=column.dtype)][: order + 2]
+
+
 NORM = (gated_norm._value, gated_norm._first_derivative, gated_norm._second_derivative)
+BESSEL = (expansion._bessel_value, expansion._bessel_first_derivative, expansion._bessel_second_derivative)
+FOURIER = (expansion._fourier_value, expansion._fourier_first_derivative, expansion._fourier_second_derivative)
 ATTENTION = (attention._value, attention._first_derivative, attention._second_derivative)
 LEAVES: dict[str, Callable] = {
     "silu, order 2": lambda rows, width, dtype: (
@@ -82,6 +111,10 @@ for order in range(3):
         LEAVES[f"norm {center} {bias}, order {order}"] = norm_case(center, bias, False, order)
     for cap, enveloped, nodes in ((10.0, True, 2), (None, False, 1), (3.0, False, 3)):
         LEAVES[f"attention {cap} {enveloped} {nodes}, order {order}"] = attention_case(cap, enveloped, nodes, order)
+    for exponent, of_frequencies in ((8, True), (1, True), (2, False)):
+        LEAVES[f"bessel {exponent} {of_frequencies}, order {order}"] = bessel_case(exponent, of_frequencies, order)
+    for of_frequencies in (True, False):
+        LEAVES[f"fourier {of_frequencies}, order {order}"] = fourier_case(of_frequencies, order)
 LEAVES["norm with affine gradients"] = norm_case(True, True, True, 1)
 
 
@@ -94,7 +127,7 @@ def test_leaf_functions(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *([torch.bfloat16] if KERNELS == "triton" else [])], ids=str)
-@pytest.mark.parametrize("name", [name for name in LEAVES if name.startswith(("silu", "norm True", "attention 10"))])
+@pytest.mark.parametrize("name", [name for name in LEAVES if name.startswith(FORMATTED)])
 def test_number_formats(name: str, dtype: torch.dtype) -> None:
     compare(*LEAVES[name](37, 32, dtype))
 
@@ -102,8 +135,10 @@ def test_number_formats(name: str, dtype: torch.dtype) -> None:
 @of_triton
 @pytest.mark.parametrize("order", [1, 2])
 def test_programs_with_several_pieces(order: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("janus.ops.triton.gated_norm.MAX_PROGRAMS", 2)
-    compare(*norm_case(True, True, True, order)(37, 100, torch.float64))
+    for module in ("gated_norm", "expansion"):
+        monkeypatch.setattr(f"janus.ops.triton.{module}.MAX_PROGRAMS", 2)
+    for case in (norm_case(True, True, True, order), bessel_case(8, True, order), fourier_case(True, order)):
+        compare(*case(37, 100, torch.float64))
 
 
 def compare(function: Callable, arguments: list[Tensor | None], options: dict) -> None:
@@ -125,6 +160,11 @@ WHOLE: dict[str, tuple[Callable, list[tuple[int, ...]]]] = {
     "RMS norm": (lambda *x: gated_norm.gated_norm(*x, None, eps=1e-5, center=False), [(3, 3), (3, 3), (2, 3)]),
     "attention": (lambda *x: both(*attention.attention_terms(*x, cap=3.0)), [(3, 4), (3, 2), (3, 1)]),
     "silu": (silu.silu, [(3, 2)]),
+    "bessel": (
+        lambda x, w: expansion.bessel_expansion(x.square() + 0.5, w, cutoff=3.0, exponent=6),
+        [(4,), (3,)],
+    ),
+    "fourier": (lambda x, f: expansion.fourier_expansion(x.tanh(), f, scale=0.99), [(4,), (3,)]),
     "segments": (lambda x: segment.segment_sum(x, torch.tensor([3, 0, 3], device=DEVICE), 5), [(3, 2)]),
     "gathered": (
         lambda *x: segment.gather_add(x, [None, *torch.tensor([[1, 0, 1], [2, 3, 0]], device=DEVICE)]),
@@ -156,6 +196,18 @@ def test_segments(index_type: torch.dtype) -> None:
     assert segment.segment_sum(torch.tensor([1, 2, 3], device=DEVICE), index, 2).tolist() == [2, 4]
     index[0] = 0  # what was known of it no longer holds
     assert segment.segment_sum(torch.tensor([1, 2, 3], device=DEVICE), index, 2).tolist() == [3, 3]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_maxima_of_segments(dtype: torch.dtype) -> None:
+    """Of rows with gaps, of long, empty and no segments; the same numbers, -inf included."""
+    for width in (7, 300):
+        for index in ([0] * 50 + [2, 2, 5], [5, 0, 2, 0, 5, 5], []):
+            rows = rand(len(index), 2 * width, seed=1, dtype=dtype)[:, width:]
+            rows[:1] = -torch.inf
+            of = torch.tensor(index, dtype=torch.int64, device=DEVICE)
+            plain = segment._max_rows.__wrapped__(rows, of, 7)[0]
+            assert torch.equal(segment.segment_max(rows, of, 7), plain)
 
 
 @pytest.mark.parametrize("index_type", [torch.int32, torch.int64], ids=str)

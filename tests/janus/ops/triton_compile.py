@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from janus.ops.triton import attention, gated_norm, segment, silu
+from janus.ops.triton import attention, expansion, gated_norm, segment, silu
 
 TARGETS = {"cuda": (GPUTarget("cuda", 90, 32), "cubin"), "hip": (GPUTarget("hip", "gfx942", 64), "hsaco")}
 FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -57,6 +57,15 @@ def translate_all(dtype: torch.dtype) -> None:
     attention.first_derivative(logits, rows(), *grads, u, cap=10.0)
     attention.second_derivative(logits, rows(), *grads, rows(2 * WIDTH), rows(), u, u, cap=10.0)
     silu.second_derivative(rows(), rows(), rows())
+    length, frequencies, both = rows(1)[:, 0], pair[:1], rows(2 * WIDTH + 1)
+    bessel = {"cutoff": 6.0, "exponent": 8}
+    expansion.bessel_value(length, frequencies, **bessel)
+    expansion.bessel_first_derivative(length, frequencies, rows(), **bessel, of_frequencies=True)
+    expansion.bessel_second_derivative(length, frequencies, rows(), length, **bessel, of_frequencies=True)
+    expansion.fourier_value(length, frequencies)
+    expansion.fourier_first_derivative(length, frequencies, both, of_frequencies=True)
+    expansion.fourier_second_derivative(length, frequencies, both, length, of_frequencies=True)
+    segment.max_rows(rows(), index, 3)
     segment.sum_rows(rows(), index, 3)
     segment.gathered_sum(rows(), rows(), rows(), None, index, index.int())
 
