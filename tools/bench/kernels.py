@@ -1,0 +1,164 @@
+"""Each fused function against the plain chain of torch operations: time, and bytes that it has to move.
+
+    python tools/bench/kernels.py --kernels torch compiled native --output kernels.json
+
+Times are medians of calls in turn (A B C, A B C, ...) in one process, beside a copy of one tensor as the control. The
+bytes are what a kernel cannot avoid, each input read and each result written once (docs/decisions/derivatives.md); over
+the time they give a bandwidth, to compare with the control's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+
+from janus.ops import attention, gated_norm, segment, silu  # noqa: E402
+from janus.ops.fused import Kernels, use_kernels  # noqa: E402
+from janus.ops.rowwise import map_rows  # noqa: E402
+from janus.training.memory import keep_freed_memory  # noqa: E402
+
+LAYER = {"eps": 1e-5, "center": True}
+Call = Callable[[], Any]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=19584, help="edges or angles")
+    parser.add_argument("--nodes", type=int, default=1024, help="of which rows are gathered")
+    parser.add_argument("--width", type=int, default=128, help="channels")
+    parser.add_argument("--kernels", nargs="+", choices=("torch", "compiled", "native", "triton"), default=["torch"])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--calls", type=int, default=20, help="timed calls of each")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    options = parser.parse_args()
+    if options.output is not None and not options.output.parent.is_dir():
+        parser.error(f"--output {options.output}: no directory {options.output.parent}")
+    for name in ("rows", "nodes", "width", "calls", "threads"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} is {getattr(options, name)}: it must be at least 1")
+    report = measure(options)
+    print(_table(report))
+    if options.output is not None:
+        partial = options.output.with_name(options.output.name + ".partial")
+        partial.write_text(json.dumps(report, indent=1) + "\n")
+        os.replace(partial, options.output)
+    return 0
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Medians of all functions with all kernels."""
+    keep_freed_memory()
+    torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    results, copies = {}, []
+    control = torch.randn(options.rows, options.width, device=device)
+    for name, (call, tensors) in _functions(options, device).items():
+        times: dict[str, list[float]] = {kernels: [] for kernels in options.kernels}
+        for turn in range(options.calls + 2):
+            copies.append(_time(control.clone, device))
+            for kernels in options.kernels:
+                use_kernels(kernels, device)
+                second = _time(call, device)
+                if turn > 1:  # the first calls compile and compare
+                    times[kernels].append(second)
+        use_kernels("torch", device)
+        moved = tensors * control.nbytes
+        results[name] = {
+            "bytes": moved,
+            "median_s": {kernels: statistics.median(seconds) for kernels, seconds in times.items()},
+            "spread_s": {kernels: max(seconds) - min(seconds) for kernels, seconds in times.items()},
+        }
+    return {
+        "machine": {"processor": platform.processor() or platform.machine(), "cpus": os.cpu_count()},
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        **{name: getattr(options, name) for name in ("threads", "rows", "nodes", "width", "kernels")},
+        "copy_bytes_per_s": 2 * control.nbytes / statistics.median(copies),
+        "functions": results,
+    }
+
+
+def _time(call: Call, device: torch.device) -> float:
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _functions(options: argparse.Namespace, device: torch.device) -> dict[str, tuple[Call, float]]:
+    """Calls, with the (rows, width) tensors that each reads and writes."""
+    rows, nodes, width = options.rows, options.nodes, options.width
+
+    def rand(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device)
+
+    def by_rows(function: Callable, tensors: list[Tensor], num_summed: int = 0, **settings: Any) -> Call:
+        return lambda: map_rows(lambda *parts: function(*parts, **settings), tuple(tensors), num_summed)
+
+    affine = rand(2, width), rand(2, width)
+
+    def normed(function: Callable, others: int, num_summed: int, **settings: Any) -> Call:
+        def call(core: Tensor, gate: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
+            return function(core, gate, *affine, *parts, **LAYER, **settings)
+
+        halves = rand(rows, 2 * width).split(width, dim=1)
+        return by_rows(call, [*halves, *(rand(rows, width) for _ in range(others))], num_summed)
+
+    def terms(function: Callable, grads: int, cotangents: int, cap: float | None) -> Call:
+        tensors = [rand(rows, 2 * width), *(rand(rows, width) for _ in range(1 + grads))]
+        tensors += [rand(rows, 2 * width), rand(rows, width)][:cotangents]
+        envelopes = [] if cap is None else [rand(rows, 1).abs() for _ in range(2 if cotangents else 1)]
+        return by_rows(function, [*tensors, *envelopes], cap=cap)
+
+    index = [torch.randint(nodes, (rows,), device=device).sort()[0], torch.randint(nodes, (rows,), device=device)]
+    gathered = [rand(rows, width), rand(nodes, width), rand(nodes, width), None, *index]
+    return {
+        "gated layer norm, value": (normed(gated_norm._value, 0, 0), 3),
+        "gated layer norm, first derivative": (normed(gated_norm._first_derivative, 1, 0, affine=False), 5),
+        "gated layer norm, second derivative": (normed(gated_norm._second_derivative, 3, 2), 8),
+        "attention terms, value": (terms(attention._value, 0, 0, 10.0), 7),
+        "attention terms, first derivative": (terms(attention._first_derivative, 4, 0, 10.0), 10),
+        "attention terms, second derivative": (terms(attention._second_derivative, 4, 2, 10.0), 17),
+        "attention terms without cap and envelope, second": (terms(attention._second_derivative, 4, 2, None), 17),
+        "SiLU, second derivative": (by_rows(silu._second_derivative, [rand(rows, width) for _ in range(3)]), 5),
+        "gathered sum of own rows and two kinds of nodes": (lambda: segment._gathered_sum(*gathered), 2),
+        "segment sum": (lambda: segment._sum_rows(gathered[0], index[1], nodes), 1),
+    }
+
+
+def _table(report: dict[str, Any]) -> str:
+    kernels: list[Kernels] = report["kernels"]
+    lines = [
+        f"{report['rows']} rows of {report['width']}, fp32, {report['device']}, {report['threads']} threads; a copy "
+        f"moves {report['copy_bytes_per_s'] / 1e9:.0f} GB/s",
+        f"| function | MB | {' | '.join(f'{name}, ms' for name in kernels)} | {kernels[0]} / {kernels[-1]} | GB/s |",
+        "|---" * (len(kernels) + 4) + "|",
+    ]
+    for name, facts in report["functions"].items():
+        seconds = facts["median_s"]
+        shown = " | ".join(f"{1e3 * seconds[kind]:.2f}" for kind in kernels)
+        ratio = seconds[kernels[0]] / seconds[kernels[-1]]
+        bandwidth = facts["bytes"] / seconds[kernels[-1]] / 1e9
+        lines.append(f"| {name} | {facts['bytes'] / 1e6:.0f} | {shown} | {ratio:.1f} x | {bandwidth:.0f} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
