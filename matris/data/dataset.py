@@ -99,7 +99,9 @@ class StructureDataset:
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
-        """Several samples, in that order; less work each than one by one."""
+        """Several samples, in that order; less work each than one by one. None for a rank that has none in a step."""
+        if not len(indices):
+            return []
         columns = gather([self._locate(index) for index in indices])
         return samples_of(columns, tasks=[self.task_names[task] for task in self.task_index[list(indices)].tolist()])
 

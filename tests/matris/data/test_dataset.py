@@ -206,6 +206,7 @@ def test_samples_together_are_samples_one_by_one(demo, tmp_path):
         files.append(tmp_path / f"{number}.xyz")
     dataset = open_dataset(files, **CUTOFFS, cache_dir=tmp_path / "cache").subset(np.array([8, 1, 7, 0, 3, 5]))
     chosen = [5, 0, 2, 2, 1]
+    assert dataset.__getitems__([]) == []  # a rank without structures in a step
     together = dataset.__getitems__(chosen)
     for index, sample in zip(chosen, together, strict=True):
         alone = dataset[index]
