@@ -198,14 +198,15 @@ def test_segments(index_type: torch.dtype) -> None:
     assert segment.segment_sum(torch.tensor([1, 2, 3], device=DEVICE), index, 2).tolist() == [3, 3]
 
 
+@pytest.mark.parametrize("index_type", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_maxima_of_segments(dtype: torch.dtype) -> None:
+def test_maxima_of_segments(dtype: torch.dtype, index_type: torch.dtype) -> None:
     """Of rows with gaps, of long, empty and no segments; the same numbers, -inf included."""
     for width in (7, 300):
         for index in ([0] * 50 + [2, 2, 5], [5, 0, 2, 0, 5, 5], []):
             rows = rand(len(index), 2 * width, seed=1, dtype=dtype)[:, width:]
             rows[:1] = -torch.inf
-            of = torch.tensor(index, dtype=torch.int64, device=DEVICE)
+            of = torch.tensor(index, dtype=index_type, device=DEVICE)
             plain = segment._max_rows.__wrapped__(rows, of, 7)[0]
             assert torch.equal(segment.segment_max(rows, of, 7), plain)
 
