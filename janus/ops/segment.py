@@ -139,7 +139,14 @@ def _gather(values: Tensor, index: Tensor) -> Tensor:
 
 
 def segment_max(rows: Tensor, index: Tensor, num_segments: int) -> Tensor:
-    """Largest of the rows of each segment, detached, (num_segments, d); -inf where no row belongs."""
+    """Largest of the rows of each segment, detached; -inf where no row belongs.
+
+    Args:
+        rows: (E, d).
+        index: (E,) int64 or int32 in [0, num_segments), not changed later.
+    Returns:
+        (num_segments, d)
+    """
     return _max_rows(rows.detach(), index, num_segments)[0]
 
 
@@ -147,4 +154,5 @@ def segment_max(rows: Tensor, index: Tensor, num_segments: int) -> Tensor:
 def _max_rows(rows, index, num_segments: int) -> tuple[Tensor, ...]:
     lowest = rows.new_full((num_segments, rows.shape[1]), -torch.inf)
     # Rows with gaps between them, such as half the columns of a product, would take ten times as long.
-    return (lowest.scatter_reduce_(0, index[:, None].expand_as(rows), rows.contiguous(), reduce="amax"),)
+    of = index.long()[:, None].expand_as(rows)  # torch 2.13 takes int32 for rows of a few channels alone
+    return (lowest.scatter_reduce_(0, of, rows.contiguous(), reduce="amax"),)

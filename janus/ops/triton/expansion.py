@@ -154,7 +154,9 @@ def _envelope(x, EXPONENT: tl.constexpr, FACTOR: tl.constexpr):
 def _bessel_factors(length, CUTOFF: tl.constexpr, EXPONENT: tl.constexpr, FACTOR: tl.constexpr, SCALE: tl.constexpr):
     """x, q, q' and q''."""
     x = length / CUTOFF
-    u, u_slope, u_bend = _envelope(tl.minimum(x, 1.0), EXPONENT, FACTOR)
+    # Compared before it is divided: a GPU's quotient may be an ulp or two below 1, where nothing would be exactly zero.
+    inside = tl.where(length < CUTOFF, tl.minimum(x, 1.0), 1.0)
+    u, u_slope, u_bend = _envelope(inside, EXPONENT, FACTOR)
     inverse = 1 / length
     scale = SCALE * inverse
     slope = u_slope / CUTOFF - u * inverse

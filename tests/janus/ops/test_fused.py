@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from janus.ops.attention import attention_terms
+from janus.ops.expansion import bessel_expansion, fourier_expansion
 from janus.ops.fused import fusable, use_kernels
 from janus.ops.gated_norm import gated_norm
 from janus.ops.silu import silu
@@ -26,7 +27,8 @@ def through_a_step(function: Callable[..., Tensor], inputs: list[Tensor]) -> lis
     """Value, recorded first derivative of the first input, and derivative of its square by all inputs."""
     inputs = [value.clone().requires_grad_() for value in inputs]
     value = function(*inputs)
-    (force,) = torch.autograd.grad((value * value).sum(), inputs[0], create_graph=True)
+    # Cubes, for the squares of a Fourier series add up to a constant: its derivative is rounding.
+    (force,) = torch.autograd.grad((value**3).sum(), inputs[0], create_graph=True)
     return [value, force, *torch.autograd.grad((force * force).sum() + value.sum(), inputs)]
 
 
@@ -40,6 +42,8 @@ FUNCTIONS = {
     "RMS norm": (lambda *x: gated_norm(*x, None, eps=1e-7, center=False), ["rows", "rows", "pair"]),
     "silu": (silu, ["rows"]),
     "smooth attention": (both_terms, ["rows", "rows", "column"]),
+    "bessel": (lambda x, w: bessel_expansion(x.square() + 0.5, w, cutoff=1.5, exponent=6), ["numbers", "frequencies"]),
+    "fourier": (lambda x, f: fourier_expansion(x.tanh(), f, scale=0.999), ["numbers", "frequencies"]),
 }
 
 
@@ -49,6 +53,7 @@ def test_compiled_equals_plain(name: str) -> None:
     generator = torch.Generator().manual_seed(0)
     for num_rows in (7, 1, 0, 300):
         shapes = {"rows": (num_rows, 16), "pair": (2, 16), "column": (num_rows, 1)}
+        shapes |= {"numbers": (num_rows,), "frequencies": (7,)}  # as many as rows at first: no size may be mixed up
         inputs = [torch.randn(shapes[kind], generator=generator, dtype=torch.float64) for kind in kinds]
         use_kernels("torch", CPU)
         expected = through_a_step(function, inputs)

@@ -237,11 +237,16 @@ def test_no_rows():
     assert weight.shape == (0, 3)
 
 
-def test_segments():
-    index = torch.tensor([0, 0, 2])
-    rows = torch.tensor([[1.0], [2.0], [-4.0]])
-    assert segment_sum(rows, index, 4).tolist() == [[3.0], [0.0], [-4.0], [0.0]]
-    assert segment_max(rows, index, 4).tolist() == [[2.0], [-torch.inf], [-4.0], [-torch.inf]]
+@pytest.mark.parametrize("index_type", [torch.int32, torch.int64])
+@pytest.mark.parametrize("width", [1, 16])  # torch has a way of its own for wide rows
+def test_segments(index_type, width):
+    index = torch.tensor([0, 0, 2], dtype=index_type)
+    rows = torch.tensor([[1.0], [2.0], [-4.0]]).repeat(1, width)
+    for function, expected in (
+        (segment_sum, [3.0, 0.0, -4.0, 0.0]),
+        (segment_max, [2.0, -torch.inf, -4.0, -torch.inf]),
+    ):
+        assert function(rows, index, 4).tolist() == [[value] * width for value in expected]
 
 
 def test_products_take_the_chosen_format():

@@ -141,6 +141,28 @@ def test_programs_with_several_pieces(order: int, monkeypatch: pytest.MonkeyPatc
         compare(*case(37, 100, torch.float64))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("exponent", [1, 2, 8])
+@pytest.mark.parametrize("cutoff", [3.0, 4.7])
+def test_bessel_functions_beyond_the_cutoff_are_exactly_zero(cutoff: float, exponent: int, dtype: torch.dtype) -> None:
+    """Value and both derivatives, of rows that begin where the number format has its first one at the cutoff."""
+    start = torch.tensor(cutoff, dtype=dtype)
+    start = torch.nextafter(start, torch.tensor(torch.inf, dtype=dtype)) if start < cutoff else start
+    lengths = torch.stack([start, torch.nextafter(start, 2 * start), 1.01 * start, 100 * start]).to(DEVICE)
+    for order in range(3):
+        options = {"cutoff": cutoff, "exponent": exponent, **({"of_frequencies": True} if order else {})}
+        for found in BESSEL[order](*expansion_arguments(lengths, 4, 7, 7, order), **options):
+            assert not found.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("order", range(3))
+def test_fourier_series_of_nearly_straight_angles(order: int, sign: float, dtype: torch.dtype) -> None:
+    x = torch.full((4,), sign * (1 - 1e-6), dtype=dtype, device=DEVICE)
+    compare(FOURIER[order], expansion_arguments(x, 4, 3, 7, order), {"of_frequencies": True} if order else {})
+
+
 def compare(function: Callable, arguments: list[Tensor | None], options: dict) -> None:
     # What rounding is belongs to the format: the plain function computes in fp64.
     exact = [None if value is None else value.double() for value in arguments]
@@ -198,14 +220,15 @@ def test_segments(index_type: torch.dtype) -> None:
     assert segment.segment_sum(torch.tensor([1, 2, 3], device=DEVICE), index, 2).tolist() == [3, 3]
 
 
+@pytest.mark.parametrize("index_type", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_maxima_of_segments(dtype: torch.dtype) -> None:
+def test_maxima_of_segments(dtype: torch.dtype, index_type: torch.dtype) -> None:
     """Of rows with gaps, of long, empty and no segments; the same numbers, -inf included."""
     for width in (7, 300):
         for index in ([0] * 50 + [2, 2, 5], [5, 0, 2, 0, 5, 5], []):
             rows = rand(len(index), 2 * width, seed=1, dtype=dtype)[:, width:]
             rows[:1] = -torch.inf
-            of = torch.tensor(index, dtype=torch.int64, device=DEVICE)
+            of = torch.tensor(index, dtype=index_type, device=DEVICE)
             plain = segment._max_rows.__wrapped__(rows, of, 7)[0]
             assert torch.equal(segment.segment_max(rows, of, 7), plain)
 
