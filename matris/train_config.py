@@ -327,7 +327,7 @@ class TrainingConfig:
         kernels: for chains of element-wise operations, norms and sums over edges. `torch` runs operation by operation;
             `compiled` fuses the chains with torch.compile, which takes up to a minute at the start of a run and saves
             about a tenth of a step, and needs a C++ compiler (CPU) or Triton (CUDA); `native` takes kernels of our own
-            in C++, for CPUs only and the fastest there, compiled in seconds at the first start (g++ or clang++);
+            in C++, for CPUs only and the fastest there, compiled in seconds at the first start (needs a C++ compiler);
             `triton` takes kernels of our own for GPUs only, which were tested through Triton's interpreter, not on a
             GPU. Each kernel is compared with torch at its first call; a difference stops the run.
         compile: `blocks` compiles all passes of an interaction block, from forward to second backward, into a few

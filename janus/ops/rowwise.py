@@ -49,3 +49,8 @@ def map_rows(function: Callable[..., tuple[Tensor, ...]], rows: tuple[Tensor, ..
             else:
                 outputs[index] += part
     return tuple(outputs)
+
+
+def with_unit_stride(rows: Tensor) -> Tensor:
+    """The same (N, d), with the channels of a row beside each other. Rows may be apart, as in half of a product."""
+    return rows if rows.stride(1) == 1 else rows.contiguous()

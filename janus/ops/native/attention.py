@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from janus.ops.native.library import launch, with_unit_stride
+from janus.ops.native.library import launch
+from janus.ops.rowwise import with_unit_stride
 
 
 def value(logits: Tensor, message: Tensor, u: Tensor | None = None, *, cap: float | None) -> tuple[Tensor, ...]:

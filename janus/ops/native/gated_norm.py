@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from janus.ops.native.library import launch, with_unit_stride
+from janus.ops.native.library import launch
+from janus.ops.rowwise import with_unit_stride
 
 
 def value(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import platform
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +12,10 @@ import torch
 from torch import Tensor
 
 _SOURCES = ("gated_norm.cpp", "attention.cpp", "silu.cpp", "segment.cpp")
-_FLAGS = ("-ftree-loop-vectorize", "-fno-math-errno", "-ffp-contract=fast", "-mprefer-vector-width=512")
+_FLAGS = (
+    *("-ftree-loop-vectorize", "-fno-math-errno", "-ffp-contract=fast"),
+    *(("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()),
+)
 """Torch leaves vectorising to the intrinsics that it writes; here the compiler does it."""
 _FORMATS = {torch.float32: "float", torch.float64: "double"}
 
@@ -50,11 +54,6 @@ def launch(
     function = getattr(_library(), f"{name}_{_FORMATS[dtype]}")
     function(ctypes.c_int64(num_rows), ctypes.c_int64(width), pointers, strides, options)
     return tuple(value for value in outputs if value is not None)
-
-
-def with_unit_stride(rows: Tensor) -> Tensor:
-    """The same (N, d), with the channels of a row beside each other. Rows may be apart, as in half of a product."""
-    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 @functools.cache

@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from janus.ops.triton.tile import MAX_PROGRAMS, accumulator, row_tile, with_unit_stride
+from janus.ops.rowwise import with_unit_stride
+from janus.ops.triton.tile import MAX_PROGRAMS, accumulator, row_tile
 
 _ELEMENTS = 512
 """Of a program's piece: sines and cosines are long machine code, written out for every element of a thread."""

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from janus.ops.triton.tile import MAX_PROGRAMS, accumulator, row_tile, with_unit_stride
+from janus.ops.rowwise import with_unit_stride
+from janus.ops.triton.tile import MAX_PROGRAMS, accumulator, row_tile
 
 _ELEMENTS = {"value": 2048, "first derivative": 1024, "second derivative": 512}
 """Of a program's piece, so that what it holds at once stays in registers."""

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from janus.ops.triton.tile import accumulator, with_unit_stride
+from janus.ops.rowwise import with_unit_stride
+from janus.ops.triton.tile import accumulator
 
 _ELEMENTS = 1024
 _MAX_BLOCK = 256

@@ -43,8 +43,3 @@ def row_tile(name: str, rows: Tensor, elements: int) -> dict[str, int]:
     block = triton.next_power_of_2(max(1, width))
     count = max(1, elements // (2 if rows.dtype == torch.float64 else 1) // block)
     return {"WIDTH": width, "ROWS": count, "BLOCK": block, "num_warps": min(16, max(4, count * block // 256))}
-
-
-def with_unit_stride(rows: Tensor) -> Tensor:
-    """The same (N, d), with the channels of a row beside each other. Rows may be apart, as in half of a product."""
-    return rows if rows.stride(1) == 1 else rows.contiguous()
