@@ -15,8 +15,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
-import platform
 import statistics
 import sys
 import time
@@ -35,6 +33,7 @@ from matris.graph.batch import GraphBatch, collate_graphs
 from matris.graph.build import build_graph
 from matris.graph.structure import Structure
 from matris.model import MatRIS, Prediction
+from tools.bench.report import machine, versions, write_report
 
 BASELINE = Path(__file__).resolve().parent / "baseline.json"
 _DENSE = ModelConfig(
@@ -69,9 +68,7 @@ def main(words: list[str] | None = None) -> int:
         parser.error(f"--baseline {options.baseline} does not exist: make it with --update")
     found = measure(options.rounds)
     if options.update:
-        partial = options.baseline.with_name(options.baseline.name + ".partial")
-        partial.write_text(json.dumps(found, indent=1) + "\n")
-        os.replace(partial, options.baseline)
+        write_report(options.baseline, found)
         print(f"written: {options.baseline}")
         return 0
     worse, lines = compare(found, json.loads(options.baseline.read_text()), options.margin)
@@ -89,19 +86,19 @@ def measure(rounds: int) -> dict[str, Any]:
         cases[name] = {"counts": _counts(step, forces)} | (
             {"step_over_control": _ratio(step, rounds)} if rounds else {}
         )
-    return {"torch": torch.__version__, "processor": _processor(), "cases": cases}
+    return {"machine": machine(), "versions": versions(), "cases": cases}
 
 
 def compare(found: dict[str, Any], baseline: dict[str, Any], margin: float) -> tuple[bool, list[str]]:
     """Whether anything is worse or other, and a line about each number."""
     lines, worse = [], False
-    same_torch, same_processor = (found[key] == baseline[key] for key in ("torch", "processor"))
+    torch_here, torch_before = (report["versions"]["torch"] for report in (found, baseline))
+    processor, processor_before = (report["machine"]["processor"] for report in (found, baseline))
+    same_torch, same_processor = torch_here == torch_before, processor == processor_before
     if not same_torch:
-        lines.append(f"counts are not compared: the baseline is of torch {baseline['torch']}, here is {found['torch']}")
+        lines.append(f"counts are not compared: the baseline is of torch {torch_before}, here is {torch_here}")
     if not same_processor:
-        lines.append(
-            f"times are not compared: the baseline is of {baseline['processor']}, here is {found['processor']}"
-        )
+        lines.append(f"times are not compared: the baseline is of {processor_before}, here is {processor}")
     for name, case in found["cases"].items():
         before = baseline["cases"].get(name)
         if before is None:
@@ -200,14 +197,6 @@ def _seconds(function: Callable[[], Any]) -> float:
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
-
-
-def _processor() -> str:
-    """Its name, where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 if __name__ == "__main__":

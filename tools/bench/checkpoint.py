@@ -5,14 +5,13 @@ fsync; and a plain sequential read. Files leave the page cache when they are wri
 on a virtual machine neither finds memory that the other has warmed. Control and ours alternate (A B B A) in one run.
 The state is that of a MatRIS model after an update: weights, average, two moments.
 
-    python tools/bench/checkpoint.py --directory /disk/to/measure --output checkpoint.json
-    torchrun --nproc_per_node 2 tools/bench/checkpoint.py --directory /disk/to/measure --layout fsdp2
+    python -m tools.bench.checkpoint --directory /disk/to/measure --output checkpoint.json
+    torchrun --nproc_per_node 2 -m tools.bench.checkpoint --directory /disk/to/measure --layout fsdp2
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import resource
 import shutil
@@ -35,6 +34,7 @@ from matris.layouts import Layout, parse_layout
 from matris.presets import PRESETS
 from matris.setup import Setup, build_setup
 from matris.train_config import DataConfig, TrainConfig, TrainingConfig
+from tools.bench.report import add_output, write_report
 
 BLOCK = 1 << 24
 
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="rounds of A B B A")
     parser.add_argument("--steps", type=int, default=4, help="timed steps")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--output", type=Path)
+    add_output(parser)
     options = parser.parse_args()
     keep_freed_memory()
     layout = parse_layout(options.layout) if options.layout else Layout()
@@ -66,8 +66,7 @@ def main() -> None:
         print("| | |\n|---|---|")
         for name, value in report.items():
             print(f"| {name} | {value:.3g} |" if isinstance(value, float) else f"| {name} | {value} |")
-        if options.output is not None:
-            options.output.write_text(json.dumps(report, indent=1) + "\n")
+        write_report(options.output, report)
 
 
 def measured(options: argparse.Namespace, layout: Layout, mesh: Mesh) -> dict[str, Any]:
@@ -136,7 +135,6 @@ def measured(options: argparse.Namespace, layout: Layout, mesh: Mesh) -> dict[st
         "copy on the host per rank, GB": own / 1e9,
         "peak memory of the run before, GB": before * 1024 / 1e9,
         "peak memory added by saves, GB": (after - before) * 1024 / 1e9,
-        "torch": torch.__version__,
         "times, s": times,
     }
 

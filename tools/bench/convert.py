@@ -1,6 +1,6 @@
 """Memory and time of converting a large model, whose weights are zeros in files with holes: they take no space.
 
-    python tools/bench/convert.py --directory /disk/with/space --preset moe-l --to checkpoint --to model
+    python -m tools.bench.convert --directory /disk/with/space --preset moe-l --to checkpoint --to model
 
 Each conversion is of what the one before has written, the first of the model directory; it is a process of its own, and
 holes are dug into its output before the next. Predictions are not compared: that would load the experts of a crystal.

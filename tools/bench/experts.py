@@ -1,6 +1,6 @@
 """Plans of experts on real data: how even, how many bytes, how long, against whole experts at fixed homes.
 
-    python tools/bench/experts.py --data shared/data --output experts.json
+    python -m tools.bench.experts --data shared/data --output experts.json
 
 A global batch is drawn from the data sets, cut into the micro-batches of virtual ranks by edges, and counted: tokens of
 the message site are directed edges by the element of their target, those of the update site are atoms. Routing is that
@@ -12,8 +12,6 @@ experts at fixed homes means groups of `--group` ranks that hold all experts of 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import time
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from matris.config import ModelConfig
 from matris.graph.build import build_graph
 from matris.graph.structure import Structure
 from matris.presets import PRESETS
+from tools.bench.report import add_output, write_report
 
 FILES = (
     *("acac/train_300K", "tio2_pbe/train", "s66x8/train", "water_pbe0ts/train", "mp_crystals/train"),
@@ -45,7 +44,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=3, help="global batches of each kind")
     parser.add_argument("--repeats", type=int, default=20, help="timings of a step, of which the best counts")
     parser.add_argument("--group", type=int, default=8, help="ranks that share whole experts at fixed homes")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
+    add_output(parser)
     options = parser.parse_args()
     atoms, edges = _counts(options.data)
     print(
@@ -58,12 +57,8 @@ def main() -> int:
                 rows.append(_measure(options, model, num_ranks, structures, atoms, edges))
                 print(f"measured {model} at {num_ranks} ranks with {structures} structures each", flush=True)
     print(_table(rows))
-    if options.output is not None:
-        settings = {name: str(value) for name, value in vars(options).items()}
-        versions = {"python": platform.python_version(), "numpy": np.__version__}
-        options.output.write_text(
-            json.dumps({"settings": settings, "versions": versions, "rows": rows}, indent=1) + "\n"
-        )
+    settings = {name: str(value) for name, value in vars(options).items()}
+    write_report(options.output, {"settings": settings, "rows": rows})
     return 0
 
 

@@ -1,6 +1,6 @@
 """Peak memory per rank of a training step on one large structure, by number of ranks that share its atoms.
 
-    python tools/bench/graph_memory.py --ranks 1 4 --output graph_memory.json
+    python -m tools.bench.graph_memory --ranks 1 4 --output graph_memory.json
 
 A step is forces, stress and the gradients of a loss of them by all weights. Memory is the growth of the process from
 before the batch to its peak (`VmHWM` of Linux, or CUDA's allocator), so libraries and weights do not count.
@@ -18,6 +18,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tools.bench.report import add_output, write_report
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -26,7 +28,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=2, help="interaction blocks")
     parser.add_argument("--width", type=int, default=8, help="feature width")
     parser.add_argument("--partitioner", default="morton", help="morton, index or balanced")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
+    add_output(parser)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -34,8 +36,7 @@ def main() -> int:
         return 0
     runs = [_run(ranks, options) for ranks in options.ranks]
     print(_table(runs))
-    if options.output is not None:
-        options.output.write_text(json.dumps({"runs": runs, **_settings(options)}, indent=1) + "\n")
+    write_report(options.output, {"runs": runs, **_settings(options)})
     return 0
 
 
@@ -56,7 +57,7 @@ def _run(ranks: int, options: argparse.Namespace) -> dict[str, Any]:
         # Without a threshold glibc raises its own, and keeps large blocks that were freed.
         environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MALLOC_MMAP_THRESHOLD_": "65536"}
         environment |= {name: str(value) for name, value in place.items()}
-        command = [sys.executable, __file__, "--worker", *arguments]
+        command = [sys.executable, "-m", "tools.bench.graph_memory", "--worker", *arguments]
         workers.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
     results = []
     for worker in workers:

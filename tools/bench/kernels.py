@@ -1,6 +1,6 @@
 """Each fused function against the plain chain of torch operations: time, and bytes that it has to move.
 
-    python tools/bench/kernels.py --kernels torch compiled native --output kernels.json
+    python -m tools.bench.kernels --kernels torch compiled native --output kernels.json
 
 Times are medians of calls in turn (A B C, A B C, ...) in one process, beside a copy of one tensor as the control. The
 bytes are what a kernel cannot avoid, each input read and each result written once (docs/decisions/derivatives.md); over
@@ -10,27 +10,23 @@ the time they give a bandwidth, to compare with the control's.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import sys
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
 
 from janus.ops import attention, gated_norm, segment, silu  # noqa: E402
 from janus.ops.fused import Kernels, use_kernels  # noqa: E402
 from janus.ops.rowwise import map_rows  # noqa: E402
 from janus.training.memory import keep_freed_memory  # noqa: E402
+from tools.bench.report import add_output, write_report  # noqa: E402
 
 LAYER = {"eps": 1e-5, "center": True}
 Call = Callable[[], Any]
@@ -45,19 +41,14 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--calls", type=int, default=20, help="timed calls of each")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
+    add_output(parser)
     options = parser.parse_args()
-    if options.output is not None and not options.output.parent.is_dir():
-        parser.error(f"--output {options.output}: no directory {options.output.parent}")
     for name in ("rows", "nodes", "width", "calls", "threads"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} is {getattr(options, name)}: it must be at least 1")
     report = measure(options)
     print(_table(report))
-    if options.output is not None:
-        partial = options.output.with_name(options.output.name + ".partial")
-        partial.write_text(json.dumps(report, indent=1) + "\n")
-        os.replace(partial, options.output)
+    write_report(options.output, report)
     return 0
 
 
@@ -85,9 +76,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "spread_s": {kernels: max(seconds) - min(seconds) for kernels, seconds in times.items()},
         }
     return {
-        "machine": {"processor": platform.processor() or platform.machine(), "cpus": os.cpu_count()},
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
         **{name: getattr(options, name) for name in ("threads", "rows", "nodes", "width", "kernels")},
         "copy_bytes_per_s": 2 * control.nbytes / statistics.median(copies),
         "functions": results,

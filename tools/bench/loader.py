@@ -1,6 +1,6 @@
 """How fast structures come from a store, what packing them costs, how long steps wait for them, and in which memory.
 
-    OMP_NUM_THREADS=1 python tools/bench/loader.py --data shared/data/mp_crystals/train.xyz.gz --output loader.json
+    OMP_NUM_THREADS=1 python -m tools.bench.loader --data shared/data/mp_crystals/train.xyz.gz --output loader.json
 
 Reading: the same structures with all their labels, in the same random order, in this process: from a store as the
 loader's workers do it (a micro-batch at a time), and one by one; from an ASE db (SQLite) that stays open, with the
@@ -21,8 +21,6 @@ import contextlib
 import io
 import json
 import multiprocessing
-import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -33,7 +31,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.db import connect
@@ -49,6 +46,7 @@ from matris.data.records import Sample
 from matris.presets import PRESETS
 from matris.run import run_training
 from matris.train_config import DataConfig, TrainConfig, TrainingConfig
+from tools.bench.report import add_output, write_report
 
 _RANKS = 64
 _READS = 2000
@@ -68,10 +66,8 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--num_workers", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--cache_dir")
-    parser.add_argument("--output", type=Path, required=True)
+    add_output(parser, required=True)
     options = parser.parse_args(words)
-    if not options.output.parent.is_dir():
-        parser.error(f"--output {options.output}: no directory {options.output.parent}")
     hyper = PRESETS[options.preset]
     dataset = open_dataset(
         options.data,
@@ -81,18 +77,14 @@ def main(words: list[str] | None = None) -> int:
     )
     with tempfile.TemporaryDirectory() as folder:
         found = {
-            "machine": {"processor": platform.processor() or platform.machine(), "torch": torch.__version__},
             "data": {"structures": len(dataset), "mean_sizes": dataset.sizes.mean(axis=0).tolist()},
             "reading": _reading(dataset, options, Path(folder)),
             "packing": _packing(dataset, formula_cost(hyper).of_records(dataset.sizes)),
             "waiting": {str(count): _waiting(options, count, Path(folder)) for count in options.num_workers},
             "memory": [_memory(dataset, copies, Path(folder)) for copies in options.copies],
         }
-    text = json.dumps(found, indent=1)
-    partial_file = options.output.with_name(options.output.name + ".partial")
-    partial_file.write_text(text + "\n")
-    os.replace(partial_file, options.output)
-    print(text)
+    print(json.dumps(found, indent=1))
+    write_report(options.output, found)
     return 0
 
 

@@ -1,6 +1,6 @@
 """Efficiency of each kind of parallelism with two ranks, against two processes that do not communicate.
 
-    python tools/bench/parallel.py --output parallel.json
+    python -m tools.bench.parallel --output parallel.json
 
 Two pinned one-thread processes train alone, each on batches of so many structures; then two pinned ranks train together
 on batches of twice as many, under each layout. Both do the same work, so the ratio of their times per step is the
@@ -22,6 +22,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tools.bench.report import add_output, write_report
+
 LAYOUTS = {
     "dp2": {},
     "fsdp2": {"fully_sharded_size": 2},
@@ -39,7 +41,7 @@ def main() -> int:
     parser.add_argument("--repeat", type=int, default=2, help="silicon cells along each axis (8 n^3 atoms a structure)")
     parser.add_argument("--structures", type=int, default=2, help="structures per process and step")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each run, after one that is not")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
+    add_output(parser)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker is not None:
@@ -50,8 +52,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         report = _measure(options, Path(folder))
     print(_table(report))
-    if options.output is not None:
-        options.output.write_text(json.dumps(report, indent=1) + "\n")
+    write_report(options.output, report)
     return 0
 
 
@@ -73,7 +74,6 @@ def _measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "atoms_per_structure": 8 * options.repeat**3,
         "structures_per_step": 2 * options.structures,
         "parameters": results[0]["parameters"],
-        "versions": results[0]["versions"],
         "control_s": control,
         "layouts": {
             name: {
@@ -124,7 +124,7 @@ def _two_processes(name: str, options: argparse.Namespace, folder: Path) -> list
             "steps": options.steps,
             "cache": str(folder / f"cache{rank if alone else ''}"),
         }
-        command = [sys.executable, str(Path(__file__).resolve()), "--worker", json.dumps(task)]
+        command = [sys.executable, "-m", "tools.bench.parallel", "--worker", json.dumps(task)]
         processes.append(
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         )
@@ -139,7 +139,6 @@ def _two_processes(name: str, options: argparse.Namespace, folder: Path) -> list
 
 def _work(task: dict[str, Any]) -> dict[str, Any]:
     os.sched_setaffinity(0, {task["cpu"]})
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
     import torch
 
     from janus.mesh import open_mesh
@@ -180,7 +179,6 @@ def _work(task: dict[str, Any]) -> dict[str, Any]:
             "times_s": times[1:],
             "wire_bytes": dict(mesh.ledger.wire_bytes),
             "parameters": sum(parameter.numel() for parameter in setup.model.parameters()),
-            "versions": {"torch": torch.__version__},
         }
 
 

@@ -1,8 +1,8 @@
 """How far each part of a training step is from what this machine can do: time, FLOPs, bytes, and the bound they give.
 
-    OMP_NUM_THREADS=1 python tools/bench/roofline.py --preset m --cells 2 --output roofline.json
-    OMP_NUM_THREADS=1 python tools/bench/roofline.py --preset m --cells 2 --ranks 2 --output roofline2.json
-    python tools/bench/roofline.py --preset l --data train.h5 --structures 32 --device cuda --precision tf32
+    OMP_NUM_THREADS=1 python -m tools.bench.roofline --preset m --cells 2 --output roofline.json
+    OMP_NUM_THREADS=1 python -m tools.bench.roofline --preset m --cells 2 --ranks 2 --output roofline2.json
+    python -m tools.bench.roofline --preset l --data train.h5 --structures 32 --device cuda --precision tf32
 
 First the machine is measured: FLOP/s of large matrix products, bytes/s of a triad (a = b + s c on arrays that no cache
 holds), and with several ranks bytes/s of an all-reduce, an all-gather and an all-to-all of a large message. Then steps
@@ -21,14 +21,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import socket
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -54,6 +52,8 @@ from matris.loss import force_matching_loss
 from matris.model import RECOMPUTE_BYTES, MatRIS
 from matris.precision import set_precision
 from matris.presets import PRESETS
+from tools.bench.report import add_output, write_report
+from tools.bench.report import machine as this_machine
 
 FORMATS: dict[str, tuple[Format, int]] = {
     "fp64": ("fp64", 8),
@@ -84,10 +84,7 @@ def main(words: list[str] | None = None) -> int:
         return 0
     report = _of_ranks(options.ranks, words) if options.ranks > 1 else _alone(options)
     print(_table(report))
-    if options.output is not None:
-        partial = options.output.with_name(options.output.name + ".partial")
-        partial.write_text(json.dumps(report, indent=1) + "\n")
-        os.replace(partial, options.output)
+    write_report(options.output, report)
     return 0
 
 
@@ -108,14 +105,12 @@ def parsed(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=5, help="timed ones, after one that is not")
     parser.add_argument("--triad_mb", type=int, default=256, help="of each of three arrays")
     parser.add_argument("--message_mb", type=int, default=64, help="of the collectives")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
+    add_output(parser)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(words)
     for name in ("cells", "structures", "threads", "ranks", "steps", "triad_mb", "message_mb"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} is {getattr(options, name)}: at least 1 is needed")
-    if options.output is not None and not options.output.parent.is_dir():
-        parser.error(f"--output {options.output}: no directory {options.output.parent}")
     return options
 
 
@@ -130,7 +125,7 @@ def _of_ranks(count: int, words: list[str]) -> dict[str, Any]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    command = [sys.executable, str(Path(__file__).resolve()), *words, "--worker"]
+    command = [sys.executable, "-m", "tools.bench.roofline", *words, "--worker"]
     processes = []
     for rank in range(count):
         own = shared | {"RANK": rank, "LOCAL_RANK": rank}
@@ -197,13 +192,12 @@ def measure(options: argparse.Namespace, mesh: Mesh) -> dict[str, Any]:
 
 def _machine(options: argparse.Namespace, mesh: Mesh) -> dict[str, Any]:
     device = mesh.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else this_machine()["processor"]
     own = FORMATS[options.precision][0]
     rates = {kind: measured_rate(device, kind)[0] for kind in dict.fromkeys((own, "fp32", "fp64"))}
     host = torch.device("cpu")
     return {
         "device": name,
-        "torch": torch.__version__,
         "ranks": mesh.world_size,
         "threads": torch.get_num_threads(),
         "flops_per_s": rates,

@@ -1,8 +1,8 @@
 """Scale on paper: ledgers of very many ranks, a two-rank step predicted before it is measured, and projections.
 
-    python tools/bench/scaling.py ledger --output ledger.json
-    OMP_NUM_THREADS=1 python tools/bench/scaling.py predict --output predict.json
-    python tools/bench/scaling.py project --output project.json --plot docs/figures/projected_scaling.png
+    python -m tools.bench.scaling ledger --output ledger.json
+    OMP_NUM_THREADS=1 python -m tools.bench.scaling predict --output predict.json
+    python -m tools.bench.scaling project --output project.json --plot docs/figures/projected_scaling.png
 
 `ledger` runs the training step of single ranks of 16 to 16 384 on torch's fake process group and writes the calls and
 bytes of every collective beside those of the formulas. `predict` measures the primitives of this machine with two
@@ -14,17 +14,13 @@ scaling of the published sizes with `janus-matris plan`'s formulas, for a machin
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
-import platform
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
+from tools.bench.report import add_output, writable_file, write_report
 
 LEDGER_LAYOUTS = (
     {},
@@ -68,21 +64,14 @@ def main(words: list[str] | None = None) -> int:
     project.add_argument("--per_rank", type=int, default=4, help="structures of a rank, weak scaling")
     project.add_argument("--strong_batch", type=int, default=8192, help="structures of all ranks, strong scaling")
     project.add_argument("--precision", choices=("fp32", "tf32", "bf16-mixed"), default="fp32")
-    project.add_argument("--plot", type=Path, help="PNG to write")
+    project.add_argument("--plot", type=writable_file, metavar="PATH", help="PNG to write")
     for verb in verbs.choices.values():
-        verb.add_argument("--output", type=Path, help="JSON file to write")
+        add_output(verb)
     options = parser.parse_args(words)
-    for name in ("output", "plot"):
-        path = getattr(options, name, None)
-        if path is not None and not path.parent.is_dir():
-            parser.error(f"--{name} {path}: no directory {path.parent}")
     report = {"ledger": _ledger, "primitives": _primitives, "predict": _predict, "project": _project}[options.verb](
         options
     )
-    if options.output is not None:
-        partial = options.output.with_name(options.output.name + ".partial")
-        partial.write_text(json.dumps(report, indent=1) + "\n")
-        os.replace(partial, options.output)
+    write_report(options.output, report)
     return 0
 
 
@@ -138,7 +127,7 @@ def _primitives(options: argparse.Namespace) -> dict[str, Any]:
     }
     described = {
         "name": "two cores of this machine",
-        "sources": ["measured by tools/bench/scaling.py primitives; links are those of an all-reduce"],
+        "sources": ["measured by python -m tools.bench.scaling primitives; links are those of an all-reduce"],
         "devices_per_node": 2,
         "memory_GB": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2e9, 1),
         "tflops": {"fp32": round(1e-12 * found["fp32_flops_per_s"], 4)},
@@ -148,7 +137,7 @@ def _primitives(options: argparse.Namespace) -> dict[str, Any]:
         "shares": {"matrix": [0.7, 1.0], "memory": [0.7, 1.0], "links": [0.7, 1.0], "overlap": [0.0, 0.0]},
     }
     print(yaml.safe_dump(described, sort_keys=False, default_flow_style=None))
-    return _where() | found | {"description": described}
+    return found | {"description": described}
 
 
 def _predict(options: argparse.Namespace) -> dict[str, Any]:
@@ -159,12 +148,6 @@ def _predict(options: argparse.Namespace) -> dict[str, Any]:
     options.layouts = options.layouts or ["dp2", "fsdp2", "fsdp2-keep", "gp2", "tp2"]
     machine = _primitives(options)
     return {"primitives": machine} | two_ranks.predict(options, machine)
-
-
-def _where() -> dict[str, Any]:
-    import torch
-
-    return {"processor": platform.processor() or platform.machine(), "torch": torch.__version__}
 
 
 # Projections ----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """One training step of the reference package against ours: time and peak memory, in one run on one machine.
 
-    python tools/bench/step.py --reference_python /path/to/environment/bin/python --output step.json
+    python -m tools.bench.step --reference_python /path/to/environment/bin/python --output step.json
 
 The reference is PyPI `matris` 0.1.0, whose name ours would shadow, so it lives in an environment of its own. First both
 sides must agree, from the same weights, on energy, forces, stress, loss and the norm of its weight gradient; then each
@@ -13,7 +13,7 @@ LD_PRELOAD holds for both sides: an allocator such as tcmalloc changes time and 
 With --as_launched ours has the settings of glibc's allocator that examples/pretrain_matris.sh makes; the reference,
 which has no launcher, runs as it does by default.
 
-    python tools/bench/step.py --reference_python PYTHON --largest 20 --variants default full
+    python -m tools.bench.step --reference_python PYTHON --largest 20 --variants default full
 
 looks instead for the largest batch of 8-atom cells whose step stays within so many GiB, on each side.
 """
@@ -50,6 +50,8 @@ LAUNCHED = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0
 
 
 def main() -> int:
+    from tools.bench.report import add_output, write_report  # not where the reference runs
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reference_python", required=True, help="python of an environment with PyPI matris 0.1.0")
     parser.add_argument(
@@ -78,18 +80,13 @@ def main() -> int:
     parser.add_argument(
         "--as_launched", action="store_true", help="ours with the allocator's settings of examples/pretrain_matris.sh"
     )
-    parser.add_argument("--output", type=Path, help="JSON file to write")
+    add_output(parser)
     options = parser.parse_args()
-    if options.output is not None and not options.output.parent.is_dir():
-        parser.error(f"--output {options.output}: no directory {options.output.parent}")
     with tempfile.TemporaryDirectory() as directory:
         work = _Workers(options, Path(directory))
         report = _compare(options, work) if options.largest is None else _largest(options, work)
     print(_table(report) if options.largest is None else _table_of_largest(report))
-    if options.output is not None:
-        partial = options.output.with_name(options.output.name + ".partial")
-        partial.write_text(json.dumps(report, indent=1) + "\n")
-        os.replace(partial, options.output)
+    write_report(options.output, report)
     return 0
 
 
@@ -126,7 +123,6 @@ class _Workers:
         """Of a report."""
         options = self.options
         return {
-            "machine": {"processor": platform.processor() or platform.machine(), "cpus": os.cpu_count()},
             "threads": options.threads,
             "layers": options.layers,
             "width": options.width,

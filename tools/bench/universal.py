@@ -1,6 +1,6 @@
 """One mixture-of-experts model of six levels of theory, against a dense model and against a model for each task.
 
-    python tools/bench/universal.py --data FOLDER --work runs/universal --steps 200 --output universal.json
+    python -m tools.bench.universal --data FOLDER --work runs/universal --steps 200 --output universal.json
 
 The tasks, the loss and the optimizer are those of `examples/universal_mini.yaml`; `--data` takes the place of its
 folder `data`. Every run is a `janus-matris train`, one after the other:
@@ -22,7 +22,6 @@ import gzip
 import io
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -33,8 +32,9 @@ from typing import Any
 import ase
 import ase.io
 import numpy as np
-import torch
 import yaml
+
+from tools.bench.report import add_output, write_report
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 EXAMPLE = ROOT / "examples" / "universal_mini.yaml"
@@ -68,9 +68,6 @@ def main() -> int:
     if unknown := set(options.runs or ()) - {run.name for run in runs}:
         raise SystemExit(f"--runs {', '.join(sorted(unknown))}: there are {', '.join(run.name for run in runs)}")
     report: dict[str, Any] = {
-        "machine": platform.processor() or platform.machine(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
         "threads": os.environ.get("OMP_NUM_THREADS"),
         "options": {key: str(value) for key, value in vars(options).items()},
         "tasks": {task["name"]: _facts(task) for task in tasks},
@@ -80,9 +77,7 @@ def main() -> int:
         if options.runs and run.name not in options.runs:
             continue
         report["runs"][run.name] = _train(run, settings, tasks, options)
-        partial = options.output.with_name(options.output.name + ".partial")
-        partial.write_text(json.dumps(report, indent=1) + "\n")
-        os.replace(partial, options.output)
+        write_report(options.output, report)
         print(table(report), flush=True)
     return 0
 
@@ -91,7 +86,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with acac, mlearn_Li, ... in it")
     parser.add_argument("--work", type=Path, required=True, help="folder for subsets and runs")
-    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    add_output(parser, required=True)
     parser.add_argument("--steps", type=int, default=2000, help="updates of each run")
     parser.add_argument("--batch_size", type=int, default=8, help="structures per update")
     parser.add_argument("--subset", type=int, help="training structures of a task, at most; validation: a tenth of it")

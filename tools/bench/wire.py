@@ -5,20 +5,19 @@ predicted and differentiated once with fp32 and once with fp16 on the wire, and 
 Largest error of each kind, relative to the largest value of its tensor, for energies, forces, stress, the weight
 gradient of each loss term, and weights after an update.
 
-    torchrun --nproc_per_node 2 tools/bench/wire.py --data train.xyz.gz --output wire.json
+    torchrun --nproc_per_node 2 -m tools.bench.wire --data train.xyz.gz --output wire.json
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
 
 from janus.mesh import Launch, join_ranks, open_mesh
 from matris.config import LossConfig
 from matris.presets import PRESETS
 from matris.train_config import DataConfig, ParallelConfig, TrainConfig, TrainingConfig
 from matris.verify import compare, measure
+from tools.bench.report import add_output, write_report
 
 KINDS = ("energy", "forces", "stress", "energy_gradient", "forces_gradient", "stress_gradient", "weights")
 LAYOUTS = {
@@ -34,12 +33,12 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", required=True)
     parser.add_argument("--batch_size", type=int, default=16, help="structures of the batch")
     parser.add_argument("--cache_dir")
-    parser.add_argument("--output", type=Path, required=True)
+    add_output(parser, required=True)
     options = parser.parse_args()
     with join_ranks("cpu") as launch:
         found = compared(options, launch)
     if launch.rank == 0:
-        options.output.write_text(json.dumps(found, indent=1) + "\n")
+        write_report(options.output, found)
         print(f"| wire | bytes on the wire | {' | '.join(KINDS)} |\n|---|---|{'---|' * len(KINDS)}")
         for name, entry in found.items():
             errors = " | ".join(f"{entry['errors'][kind]:.1e}" for kind in KINDS)
