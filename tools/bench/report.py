@@ -1,0 +1,51 @@
+"""What a benchmark leaves: JSON, which names the machine and the versions that its numbers belong to."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "numpy", "ase", "h5py", "megatron-core")
+
+
+def add_output(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+    """The option `--output`, refused before the work where its directory is missing."""
+    parser.add_argument("--output", type=writable_file, required=required, metavar="PATH", help="JSON file to write")
+
+
+def write_report(path: Path | None, report: dict[str, Any]) -> None:
+    """Writes it in one piece, with this machine and its versions where it does not say them; no path, no file."""
+    if path is None:
+        return
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps({"machine": machine(), "versions": versions()} | report, indent=1) + "\n")
+    os.replace(partial, path)
+
+
+def machine() -> dict[str, Any]:
+    """Name of the processor and number of CPUs."""
+    names = []
+    if Path("/proc/cpuinfo").is_file():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {"processor": names[0] if names else platform.processor() or platform.machine(), "cpus": os.cpu_count()}
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that figures depend on."""
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
+
+
+def writable_file(word: str) -> Path:
+    """A path on the command line that a file can be written to."""
+    path = Path(word)
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{word}: there is no directory {path.parent}; make it first")
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{word} is a directory: name a file to write")
+    return path
