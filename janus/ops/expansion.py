@@ -12,7 +12,9 @@ Notation, per row and frequency w or f:
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,7 +38,9 @@ def bessel_expansion(length: Tensor, frequencies: Tensor, *, cutoff: float, expo
     Returns:
         (E, K)
     """
-    return _Bessel.apply(length, frequencies[None], {"cutoff": cutoff, "exponent": exponent})
+    functions = (_bessel_value, _bessel_first_derivative, _bessel_second_derivative, plain_bessel_expansion)
+    kind = _Kind(*(partial(function, cutoff=cutoff, exponent=exponent) for function in functions))
+    return _Expansion.apply(length, frequencies[None], kind)
 
 
 def fourier_expansion(cosine: Tensor, frequencies: Tensor, *, scale: float) -> Tensor:
@@ -50,7 +54,8 @@ def fourier_expansion(cosine: Tensor, frequencies: Tensor, *, scale: float) -> T
         (A, 2K + 1)
     """
     # Scaled here: a compiler that merged the product with 1 - x, tiny for straight angles, would change its digits.
-    return _Fourier.apply(scale * cosine, frequencies[None])
+    kind = _Kind(_fourier_value, _fourier_first_derivative, _fourier_second_derivative, plain_fourier_expansion)
+    return _Expansion.apply(scale * cosine, frequencies[None], kind)
 
 
 def polynomial_envelope(length: Tensor, cutoff: float, exponent: int) -> Tensor:
@@ -83,132 +88,73 @@ def plain_fourier_expansion(cosine: Tensor, frequencies: Tensor, *, scale: float
     return torch.cat([constant, phase.sin(), phase.cos()], dim=1) * _NORM
 
 
-class _Bessel(torch.autograd.Function):
-    """Frequencies are (1, K) here and below: a row that all rows share."""
+class _Kind(NamedTuple):
+    """An expansion of a column, (n,), by frequencies, which are (1, K) here and below: a row that all rows share."""
 
+    value: Callable[..., tuple[Tensor, ...]]
+    first_derivative: Callable[..., tuple[Tensor, ...]]
+    second_derivative: Callable[..., tuple[Tensor, ...]]
+    plain: Callable[[Tensor, Tensor], Tensor]
+
+
+class _Expansion(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, length: Tensor, frequencies: Tensor, shape: dict) -> Tensor:
-        ctx.save_for_backward(length, frequencies)
-        ctx.shape = shape
+    def forward(ctx: Any, column: Tensor, frequencies: Tensor, kind: _Kind) -> Tensor:
+        ctx.save_for_backward(column, frequencies)
+        ctx.kind = kind
 
-        def value(_: Tensor, length: Tensor) -> tuple[Tensor, ...]:
-            return _bessel_value(length, frequencies, **shape)
+        def value(_: Tensor, column: Tensor) -> tuple[Tensor, ...]:
+            return kind.value(column, frequencies)
 
-        return map_rows(value, (_as_wide_as(frequencies, length), length))[0]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor):
-        length, frequencies = ctx.saved_tensors
-        of_frequencies = wants_gradient(ctx, 1)
-        if not torch.is_grad_enabled():
-            g_length, *rest = _bessel_gradients(length, frequencies, grad, of_frequencies, ctx.shape)
-            return g_length, rest[0] if rest else None, None
-        if not of_frequencies:
-            return _BesselGrad.apply(length, frequencies, grad, ctx.shape), None, None
-
-        def plain(length: Tensor, frequencies: Tensor) -> Tensor:
-            return plain_bessel_expansion(length, frequencies, **ctx.shape)
-
-        return *recorded_gradients(plain, (length, frequencies), (grad,)), None
-
-
-class _BesselGrad(torch.autograd.Function):
-    """The gradient of the length, (E,), as a function of length, frequencies and incoming gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, length: Tensor, frequencies: Tensor, grad: Tensor, shape: dict) -> Tensor:
-        ctx.save_for_backward(length, frequencies, grad)
-        ctx.shape = shape
-        (g_length,) = _bessel_gradients(length, frequencies, grad, False, shape)
-        return g_length
-
-    @staticmethod
-    def backward(ctx: Any, cotangent: Tensor):
-        length, frequencies, grad = ctx.saved_tensors
-        if torch.is_grad_enabled():
-
-            def plain(length: Tensor, frequencies: Tensor, grad: Tensor):
-                def value(length: Tensor, frequencies: Tensor) -> Tensor:
-                    return plain_bessel_expansion(length, frequencies, **ctx.shape)
-
-                return recorded_gradients(value, (length, frequencies), (grad,), count=1)
-
-            return *recorded_gradients(plain, (length, frequencies, grad), (cotangent,)), None
-
-        of_frequencies = wants_gradient(ctx, 1)
-
-        def second(grad: Tensor, length: Tensor, cotangent: Tensor) -> tuple[Tensor, ...]:
-            options = {**ctx.shape, "of_frequencies": of_frequencies}
-            return _bessel_second_derivative(length, frequencies, grad, cotangent, **options)
-
-        g_length, g_grad, *rest = map_rows(second, (grad, length, cotangent), num_summed=int(of_frequencies))
-        return g_length, rest[0] if rest else None, g_grad, None
-
-
-class _Fourier(torch.autograd.Function):
-    """Of x, the scaled cosine."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, frequencies: Tensor) -> Tensor:
-        ctx.save_for_backward(x, frequencies)
-
-        def value(_: Tensor, x: Tensor) -> tuple[Tensor, ...]:
-            return _fourier_value(x, frequencies)
-
-        return map_rows(value, (_as_wide_as(frequencies, x), x))[0]
+        return map_rows(value, (_as_wide_as(frequencies, column), column))[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):
-        x, frequencies = ctx.saved_tensors
+        column, frequencies = ctx.saved_tensors
         of_frequencies = wants_gradient(ctx, 1)
         if not torch.is_grad_enabled():
-            g_x, *rest = _fourier_gradients(x, frequencies, grad, of_frequencies)
-            return g_x, rest[0] if rest else None
+            g_column, *rest = _gradients(ctx.kind, column, frequencies, grad, of_frequencies)
+            return g_column, rest[0] if rest else None, None
         if not of_frequencies:
-            return _FourierGrad.apply(x, frequencies, grad), None
-        return recorded_gradients(plain_fourier_expansion, (x, frequencies), (grad,))
+            return _ExpansionGrad.apply(column, frequencies, grad, ctx.kind), None, None
+        return *recorded_gradients(ctx.kind.plain, (column, frequencies), (grad,)), None
 
 
-class _FourierGrad(torch.autograd.Function):
-    """The gradient of x, (A,), as a function of x, frequencies and incoming gradient."""
+class _ExpansionGrad(torch.autograd.Function):
+    """The gradient of the column, (n,), as a function of column, frequencies and incoming gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, frequencies: Tensor, grad: Tensor) -> Tensor:
-        ctx.save_for_backward(x, frequencies, grad)
-        (g_x,) = _fourier_gradients(x, frequencies, grad, False)
-        return g_x
+    def forward(ctx: Any, column: Tensor, frequencies: Tensor, grad: Tensor, kind: _Kind) -> Tensor:
+        ctx.save_for_backward(column, frequencies, grad)
+        ctx.kind = kind
+        (g_column,) = _gradients(kind, column, frequencies, grad, False)
+        return g_column
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor):
-        x, frequencies, grad = ctx.saved_tensors
+        column, frequencies, grad = ctx.saved_tensors
+        kind: _Kind = ctx.kind
         if torch.is_grad_enabled():
 
-            def plain(x: Tensor, frequencies: Tensor, grad: Tensor):
-                return recorded_gradients(plain_fourier_expansion, (x, frequencies), (grad,), count=1)
+            def plain(column: Tensor, frequencies: Tensor, grad: Tensor):
+                return recorded_gradients(kind.plain, (column, frequencies), (grad,), count=1)
 
-            return recorded_gradients(plain, (x, frequencies, grad), (cotangent,))
+            return *recorded_gradients(plain, (column, frequencies, grad), (cotangent,)), None
 
         of_frequencies = wants_gradient(ctx, 1)
 
-        def second(grad: Tensor, x: Tensor, cotangent: Tensor) -> tuple[Tensor, ...]:
-            return _fourier_second_derivative(x, frequencies, grad, cotangent, of_frequencies=of_frequencies)
+        def second(grad: Tensor, column: Tensor, cotangent: Tensor) -> tuple[Tensor, ...]:
+            return kind.second_derivative(column, frequencies, grad, cotangent, of_frequencies=of_frequencies)
 
-        g_x, g_grad, *rest = map_rows(second, (grad, x, cotangent), num_summed=int(of_frequencies))
-        return g_x, rest[0] if rest else None, g_grad
-
-
-def _bessel_gradients(length, frequencies, grad, of_frequencies: bool, shape: dict) -> tuple[Tensor, ...]:
-    def first(grad: Tensor, length: Tensor) -> tuple[Tensor, ...]:
-        return _bessel_first_derivative(length, frequencies, grad, **shape, of_frequencies=of_frequencies)
-
-    return map_rows(first, (grad, length), num_summed=int(of_frequencies))
+        g_column, g_grad, *rest = map_rows(second, (grad, column, cotangent), num_summed=int(of_frequencies))
+        return g_column, rest[0] if rest else None, g_grad, None
 
 
-def _fourier_gradients(x, frequencies, grad, of_frequencies: bool) -> tuple[Tensor, ...]:
-    def first(grad: Tensor, x: Tensor) -> tuple[Tensor, ...]:
-        return _fourier_first_derivative(x, frequencies, grad, of_frequencies=of_frequencies)
+def _gradients(kind: _Kind, column, frequencies, grad, of_frequencies: bool) -> tuple[Tensor, ...]:
+    def first(grad: Tensor, column: Tensor) -> tuple[Tensor, ...]:
+        return kind.first_derivative(column, frequencies, grad, of_frequencies=of_frequencies)
 
-    return map_rows(first, (grad, x), num_summed=int(of_frequencies))
+    return map_rows(first, (grad, column), num_summed=int(of_frequencies))
 
 
 def _as_wide_as(frequencies: Tensor, column: Tensor) -> Tensor:

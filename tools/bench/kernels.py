@@ -32,7 +32,7 @@ LAYER = {"eps": 1e-5, "center": True}
 Call = Callable[[], Any]
 
 
-def main() -> int:
+def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=19584, help="edges or angles")
     parser.add_argument("--nodes", type=int, default=1024, help="of which rows are gathered")
@@ -42,7 +42,7 @@ def main() -> int:
     parser.add_argument("--calls", type=int, default=20, help="timed calls of each")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     add_output(parser)
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     for name in ("rows", "nodes", "width", "calls", "threads"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} is {getattr(options, name)}: it must be at least 1")

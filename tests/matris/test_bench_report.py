@@ -1,0 +1,89 @@
+"""Reports of benchmarks: written whole, with what their numbers belong to; the table of kernels; the largest batch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tools.bench import kernels, step
+from tools.bench.report import add_output, write_report
+
+
+def test_report_says_where_it_comes_from(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_report(path, {"found": 1})
+    write_report(path, {"found": 2, "versions": {"reference": "1"}})
+    found = json.loads(path.read_text())
+    assert found["found"] == 2
+    assert found["machine"]["cpus"] >= 1
+    assert found["versions"] == {"reference": "1"}
+    assert list(tmp_path.iterdir()) == [path]
+    write_report(None, {})
+
+
+@pytest.mark.parametrize(("name", "message"), [("none/a.json", "there is no directory"), (".", "is a directory")])
+def test_output_that_cannot_be_written(
+    tmp_path: Path, name: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = argparse.ArgumentParser()
+    add_output(parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--output", str(tmp_path / name)])
+    assert message in capsys.readouterr().err
+
+
+def test_table_of_kernels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output, threads = tmp_path / "kernels.json", torch.get_num_threads()
+    words = f"--rows 48 --nodes 6 --width 16 --kernels torch native --calls 2 --threads {threads} --output {output}"
+    assert kernels.main(words.split()) == 0
+    found = json.loads(output.read_text())
+    for facts in found["functions"].values():
+        assert facts["bytes"] % (48 * 16 * 4) == 0
+        assert facts["median_s"].keys() == {"torch", "native"}
+        assert min(facts["median_s"].values()) > 0.0
+    # Two operands are read and one is written, and each is 48 rows of 16.
+    assert found["functions"]["gated layer norm, value"]["bytes"] == 3 * 48 * 16 * 4
+    assert capsys.readouterr().out.count("\n") == 3 + len(found["functions"])
+
+
+class _Linear:
+    """In the place of processes: so many MiB for the first cells and for each of the others, with a bend."""
+
+    def __init__(self) -> None:
+        self.facts: dict[str, object] = {}
+        self.asked: list[tuple[str, int]] = []
+
+    def __call__(self, side: str, verb: str, system: str) -> None:
+        assert (side, verb, system) == ("reference", "predict", "nacl:1")
+
+    def time(self, side: str, system: str, *, steps: int, labelled: bool) -> dict:
+        number = int(system.removeprefix("cells:"))
+        assert steps == 1
+        assert not labelled
+        self.asked.append((side, number))
+        return {"peak_MiB": {"reference": 500.0, "full": 100.0}[side] * number + 300.0 + 2.0 * number**1.5}
+
+
+def test_largest_batch() -> None:
+    work = _Linear()
+    options = argparse.Namespace(largest=20.0, without_reference=False, variants=["full"])
+    found = step._largest(options, work)
+    assert found["limit_GiB"] == 20.0
+    for side, most in (("reference", 39), ("full", 160)):
+        entry = found["sides"][side]
+        assert entry["cells"] == most
+        assert entry["peak_MiB"] <= 20480.0 < entry["one_more_MiB"]
+        asked = [number for name, number in work.asked if name == side]
+        assert len(asked) == len(set(asked)) < 12
+        assert max(asked) < 1.3 * most  # memory of this machine may end there
+    assert "| full | 160 | 4.1 x |" in step._table_of_largest(found)
+
+
+def test_no_batch_is_small_enough() -> None:
+    options = argparse.Namespace(largest=1.0, without_reference=False, variants=["full"])
+    with pytest.raises(SystemExit, match="two cells take 1306 MiB, more than --largest 1 GiB"):
+        step._largest(options, _Linear())
