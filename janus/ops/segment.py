@@ -117,7 +117,7 @@ def _add_gathered(*values_and_indices: Tensor | None) -> Tensor:
     return _gathered_sum(*values_and_indices)[0]
 
 
-@fusable("segment.sum_rows", compiled=False, native=False)
+@fusable("segment.sum_rows", compiled=False)
 def _sum_rows(rows, index, num_segments: int) -> tuple[Tensor, ...]:
     return (rows.new_zeros((num_segments, *rows.shape[1:])).index_add(0, index, rows),)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from janus.mesh import Axis, Mesh
 from janus.ops.product import linear
-from janus.ops.silu import silu
+from janus.ops.silu import silu, silu_parts
 from janus.sharding.logical import EXPERT_ATTRIBUTE
 from janus.tensor_parallel import ColumnParallelLinear, RowParallelLinear, megatron_group, parallel_gated_norm
 from matris.config import ModelConfig, NormType
@@ -243,7 +243,7 @@ class GatedMLP(SplitModule):
         Args:
             routed: what routed experts add to core and gate before the norm, (N, width) each, partial over the ranks.
         """
-        core, gate = silu(inner).split(self.hidden, dim=1)
+        core, gate = silu_parts(inner, 2)
         to_core, to_gate = (None, None) if routed is None else routed
         return parallel_gated_norm(
             self.core(core, to_core),

@@ -1,7 +1,29 @@
-// Rows gathered from several places and added, in one pass.
+// Sums over the rows of a segment, and rows gathered from several places and added, in one pass each.
 #include "rows.h"
 
 namespace {
+
+// rows, index of each (int64) -> sums by index, zero before. Threads divide the channels, by cache lines, so that none
+// waits for another and each sum is formed in the order of its rows, by any number of threads.
+template <typename T>
+void segment_sum(const Arguments& call, const double*) {
+    const auto x = call.rows<const T>(0);
+    const auto* index = static_cast<const int64_t*>(call.tensors[1]);
+    const auto out = call.rows<T>(2);
+    const int64_t line = 64 / sizeof(T), lines = (call.width + line - 1) / line, num_rows = call.num_rows;
+#pragma omp parallel if (num_rows * call.width > kSmall) num_threads(std::min<int64_t>(omp_get_max_threads(), lines))
+    {
+        const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
+        const int64_t begin = lines * thread / threads * line;
+        const int64_t end = std::min(lines * (thread + 1) / threads * line, call.width);
+        for (int64_t row = 0; row < num_rows; ++row) {
+            const T* __restrict a = x.at(row);
+            T* __restrict y = out.at(index[row]);
+#pragma omp simd
+            for (int64_t i = begin; i < end; ++i) y[i] += a[i];
+        }
+    }
+}
 
 // Numbers: how many parts k. Tensors: k of values, then k of indices (int64; null for a row of its own), then the sum.
 template <typename T>
@@ -27,4 +49,5 @@ void gathered_sum(const Arguments& call, const double* numbers) {
 
 }  // namespace
 
+JANUS_KERNEL(segment_sum)
 JANUS_KERNEL(gathered_sum)

@@ -1,4 +1,4 @@
-"""Rows gathered from several places and added, as `janus.ops.segment` has it."""
+"""Sums over the rows of a segment, and rows gathered from several places and added, as `janus.ops.segment` has them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,16 @@ from torch import Tensor
 
 from janus.ops.native.library import launch
 from janus.ops.rowwise import with_unit_stride
+
+
+def sum_rows(rows: Tensor, index: Tensor, num_segments: int) -> tuple[Tensor, ...]:
+    """(num_segments, ...), rows of any shape."""
+    out = rows.new_zeros((num_segments, *rows.shape[1:]))
+    if not rows.is_floating_point():
+        return (out.index_add_(0, index, rows),)
+    width = out[:1].numel()
+    flat = with_unit_stride(rows.reshape(len(rows), width))
+    return launch("segment_sum", [flat, index.long().contiguous()], [out], num_rows=len(rows), width=width)
 
 
 def gathered_sum(*values_and_indices: Tensor | None) -> tuple[Tensor, ...]:

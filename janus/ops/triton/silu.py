@@ -1,8 +1,10 @@
-"""The second derivative of SiLU; value and first derivative are one kernel each in torch."""
+"""SiLU and its derivatives. The columns of x are parts, whose values and gradients are tensors of their own."""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -12,24 +14,79 @@ from janus.ops.triton.tile import accumulator
 _BLOCK = 1024
 
 
-def second_derivative(x: Tensor, grad: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
-    """As `janus.ops.silu`, any shape."""
-    x, grad, cotangent = x.contiguous(), grad.contiguous(), cotangent.contiguous()
-    curvature, slope = torch.empty_like(x), torch.empty_like(x)
-    size = x.numel()
-    _second_derivative[(triton.cdiv(size, _BLOCK),)](
-        x, grad, cotangent, curvature, slope, size, ACC=accumulator(x.dtype), BLOCK=_BLOCK
-    )
-    return curvature, slope
+def value(x: Tensor, *, parts: int) -> tuple[Tensor, ...]:
+    """As `janus.ops.silu`, any shape if it is one part."""
+    outputs = tuple(_empty(x, parts) for _ in range(parts))
+    _launch(_value, x, parts, (), (outputs,))
+    return outputs
+
+
+def first_derivative(x: Tensor, *grads: Tensor) -> tuple[Tensor]:
+    """As `janus.ops.silu`."""
+    out = x.new_empty(x.shape)
+    _launch(_first_derivative, x, len(grads), (_contiguous(grads),), (out,))
+    return (out,)
+
+
+def second_derivative(x: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
+    """As `janus.ops.silu`."""
+    *grads, cotangent = rows
+    curvature, slopes = x.new_empty(x.shape), tuple(_empty(x, len(grads)) for _ in grads)
+    read = (_contiguous(grads), cotangent.contiguous())
+    _launch(_second_derivative, x, len(grads), read, (curvature, slopes))
+    return curvature, *slopes
+
+
+def _empty(x: Tensor, parts: int) -> Tensor:
+    return x.new_empty(x.shape if parts == 1 else (len(x), x.shape[1] // parts))
+
+
+def _contiguous(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(value.contiguous() for value in tensors)
+
+
+def _launch(kernel: Any, x: Tensor, parts: int, read: tuple[Any, ...], outputs: tuple[Any, ...]) -> None:
+    """Programs go over the numbers of a part, and do all parts."""
+    size = x.numel() // parts
+    width = size if parts == 1 else x.shape[1] // parts
+    options = {"PARTS": parts, "ACC": accumulator(x.dtype), "BLOCK": _BLOCK}
+    kernel[(triton.cdiv(size, _BLOCK),)](x.contiguous(), *read, *outputs, size, max(1, width), **options)
 
 
 @triton.jit
-def _second_derivative(x, grad, cotangent, curvature, slope, size, ACC: tl.constexpr, BLOCK: tl.constexpr):
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < size
-    a = tl.load(x + place, mask=inside, other=0.0).to(ACC)
-    g = tl.load(grad + place, mask=inside, other=0.0).to(ACC)
-    v = tl.load(cotangent + place, mask=inside, other=0.0).to(ACC)
-    s = tl.sigmoid(a)
-    tl.store(curvature + place, v * g * s * (1 - s) * (2 + a * (1 - 2 * s)), mask=inside)
-    tl.store(slope + place, v * s * (1 + a * (1 - s)), mask=inside)
+def _places(width, part, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """Of numbers in the tensor of a part, and in x."""
+    own = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    return own, own + (own // width * (PARTS - 1) + part) * width
+
+
+@triton.jit
+def _value(x, outputs, size, width, PARTS: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr):
+    for part in tl.static_range(PARTS):
+        own, place = _places(width, part, PARTS, BLOCK)
+        a = tl.load(x + place, mask=own < size, other=0.0).to(ACC)
+        tl.store(outputs[part] + own, a * tl.sigmoid(a), mask=own < size)
+
+
+@triton.jit
+def _first_derivative(x, grads, out, size, width, PARTS: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr):
+    for part in tl.static_range(PARTS):
+        own, place = _places(width, part, PARTS, BLOCK)
+        a = tl.load(x + place, mask=own < size, other=0.0).to(ACC)
+        g = tl.load(grads[part] + own, mask=own < size, other=0.0).to(ACC)
+        s = tl.sigmoid(a)
+        tl.store(out + place, g * s * (1 + a * (1 - s)), mask=own < size)
+
+
+@triton.jit
+def _second_derivative(
+    x, grads, cotangent, curvature, slopes, size, width, PARTS: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr
+):
+    for part in tl.static_range(PARTS):
+        own, place = _places(width, part, PARTS, BLOCK)
+        a = tl.load(x + place, mask=own < size, other=0.0).to(ACC)
+        g = tl.load(grads[part] + own, mask=own < size, other=0.0).to(ACC)
+        v = tl.load(cotangent + place, mask=own < size, other=0.0).to(ACC)
+        s = tl.sigmoid(a)
+        tl.store(curvature + place, v * g * s * (1 - s) * (2 + a * (1 - 2 * s)), mask=own < size)
+        tl.store(slopes[part] + own, v * s * (1 + a * (1 - s)), mask=own < size)

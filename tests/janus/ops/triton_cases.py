@@ -53,6 +53,19 @@ def norm_case(center: bool, bias: bool, affine: bool, order: int) -> Callable:
     return case
 
 
+def silu_case(parts: int, order: int) -> Callable:
+    def case(rows: int, width: int, dtype: torch.dtype) -> tuple:
+        arguments = [rand(rows, parts * width, seed=1, dtype=dtype)]
+        if order:
+            # Rows with a gap between them.
+            arguments += [rand(rows, width + 1, seed=2 + n, dtype=dtype)[:, :width] for n in range(parts)]
+        if order == 2:
+            arguments += [rand(rows, parts * width, seed=9, dtype=dtype)]
+        return SILU[order], arguments, {} if order else {"parts": parts}
+
+    return case
+
+
 def attention_case(cap: float | None, enveloped: bool, nodes: int, order: int) -> Callable:
     def case(rows: int, width: int, dtype: torch.dtype) -> tuple:
         u = [rand(rows, 1, seed=9, dtype=dtype)] if enveloped else []
@@ -99,14 +112,11 @@ NORM = (gated_norm._value, gated_norm._first_derivative, gated_norm._second_deri
 BESSEL = (expansion._bessel_value, expansion._bessel_first_derivative, expansion._bessel_second_derivative)
 FOURIER = (expansion._fourier_value, expansion._fourier_first_derivative, expansion._fourier_second_derivative)
 ATTENTION = (attention._value, attention._first_derivative, attention._second_derivative)
-LEAVES: dict[str, Callable] = {
-    "silu, order 2": lambda rows, width, dtype: (
-        silu._second_derivative,
-        [rand(rows, width, seed=seed, dtype=dtype) for seed in range(3)],
-        {},
-    )
-}
+SILU = (silu._value, silu._first_derivative, silu._second_derivative)
+LEAVES: dict[str, Callable] = {}
 for order in range(3):
+    for parts in (1, 2):
+        LEAVES[f"silu {parts}, order {order}"] = silu_case(parts, order)
     for center, bias in ((True, True), (False, False)):
         LEAVES[f"norm {center} {bias}, order {order}"] = norm_case(center, bias, False, order)
     for cap, enveloped, nodes in ((10.0, True, 2), (None, False, 1), (3.0, False, 3)):
@@ -182,6 +192,7 @@ WHOLE: dict[str, tuple[Callable, list[tuple[int, ...]]]] = {
     "RMS norm": (lambda *x: gated_norm.gated_norm(*x, None, eps=1e-5, center=False), [(3, 3), (3, 3), (2, 3)]),
     "attention": (lambda *x: both(*attention.attention_terms(*x, cap=3.0)), [(3, 4), (3, 2), (3, 1)]),
     "silu": (silu.silu, [(3, 2)]),
+    "silu of halves": (lambda x: both(*reversed(silu.silu_parts(x, 2))), [(3, 4)]),
     "bessel": (
         lambda x, w: expansion.bessel_expansion(x.square() + 0.5, w, cutoff=3.0, exponent=6),
         [(4,), (3,)],
@@ -215,6 +226,10 @@ def test_segments(index_type: torch.dtype) -> None:
                 plain = segment._sum_rows.__wrapped__(rows, part, 7)[0]
                 torch.testing.assert_close(segment.segment_sum(rows, part, 7), plain, rtol=1e-13, atol=1e-13)
     index = torch.tensor([1, 0, 1], dtype=index_type, device=DEVICE)
+    for shape in ((3,), (3, 3, 3)):
+        rows = rand(*shape, seed=1)
+        expected = torch.stack([rows[1], rows[0] + rows[2]])
+        torch.testing.assert_close(segment.segment_sum(rows, index, 2), expected, rtol=1e-15, atol=0)
     assert segment.segment_sum(torch.tensor([1, 2, 3], device=DEVICE), index, 2).tolist() == [2, 4]
     index[0] = 0  # what was known of it no longer holds
     assert segment.segment_sum(torch.tensor([1, 2, 3], device=DEVICE), index, 2).tolist() == [3, 3]

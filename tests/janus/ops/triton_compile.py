@@ -56,7 +56,9 @@ def translate_all(dtype: torch.dtype) -> None:
     attention.value(logits, rows(), cap=None)
     attention.first_derivative(logits, rows(), *grads, u, cap=10.0)
     attention.second_derivative(logits, rows(), *grads, rows(2 * WIDTH), rows(), u, u, cap=10.0)
-    silu.second_derivative(rows(), rows(), rows())
+    silu.value(rows(2 * WIDTH), parts=2)
+    silu.first_derivative(rows(2 * WIDTH), rows(), rows())
+    silu.second_derivative(rows(2 * WIDTH), rows(), rows(), rows(2 * WIDTH))
     length, frequencies, both = rows(1)[:, 0], pair[:1], rows(2 * WIDTH + 1)
     bessel = {"cutoff": 6.0, "exponent": 8}
     expansion.bessel_value(length, frequencies, **bessel)
