@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tools.bench import kernels, step
+from tools.bench import kernels, parallel, step
 from tools.bench.report import add_output, write_report
 
 
@@ -34,6 +34,12 @@ def test_output_that_cannot_be_written(
     with pytest.raises(SystemExit):
         parser.parse_args(["--output", str(tmp_path / name)])
     assert message in capsys.readouterr().err
+
+
+def test_expert_layouts_need_experts(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parallel.main(["--layouts", "dp2", "ep2", "ep2-home"])
+    assert "--layouts ep2 ep2-home: the model has no experts" in capsys.readouterr().err
 
 
 def test_table_of_kernels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

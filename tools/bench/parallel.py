@@ -1,6 +1,7 @@
 """Efficiency of each kind of parallelism with two ranks, against two processes that do not communicate.
 
     python -m tools.bench.parallel --output parallel.json
+    python -m tools.bench.parallel --experts 8 --layouts dp2 ep2 ep2-home --output experts.json
 
 Two pinned one-thread processes train alone, each on batches of so many structures; then two pinned ranks train together
 on batches of twice as many, under each layout. Both do the same work, so the ratio of their times per step is the
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +33,24 @@ LAYOUTS = {
     "gp2": {"context_parallel_size": 2},
     "tp2": {"tensor_model_parallel_size": 2},
 }
+EXPERT_LAYOUTS = {
+    "ep2": {"expert_model_parallel_size": 2},
+    "ep2-home": {"expert_model_parallel_size": 2, "expert_placement": "fixed"},
+}
+"""For models with experts; the other layouts serve these too."""
 
 
-def main() -> int:
+def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="what to measure")
+    parser.add_argument(
+        "--layouts", nargs="+", choices=[*LAYOUTS, *EXPERT_LAYOUTS], default=list(LAYOUTS), help="what to measure"
+    )
+    parser.add_argument(
+        "--experts",
+        type=int,
+        default=0,
+        help="of each site, two for a token; atoms are of all elements then",
+    )
     parser.add_argument("--layers", type=int, default=3, help="interaction blocks")
     parser.add_argument("--width", type=int, default=64, help="feature width")
     parser.add_argument("--repeat", type=int, default=2, help="silicon cells along each axis (8 n^3 atoms a structure)")
@@ -43,10 +58,12 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each run, after one that is not")
     add_output(parser)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     if options.worker is not None:
         print(json.dumps(_work(json.loads(options.worker))))
         return 0
+    if not options.experts and (wrong := [name for name in options.layouts if name in EXPERT_LAYOUTS]):
+        parser.error(f"--layouts {' '.join(wrong)}: the model has no experts; give it some with --experts 8")
     if len(os.sched_getaffinity(0)) < 2:
         parser.error("two CPUs are needed, one for each rank")
     with tempfile.TemporaryDirectory() as folder:
@@ -57,7 +74,7 @@ def main() -> int:
 
 
 def _measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    _write_data(folder / "train.xyz", options.repeat, 8 * options.structures)
+    _write_data(folder / "train.xyz", options.repeat, 8 * options.structures, all_elements=options.experts > 0)
     order = ["control", *options.layouts, *reversed(options.layouts), "control"]
     times: dict[str, list[float]] = {}
     ledgers: dict[str, Any] = {}
@@ -71,6 +88,7 @@ def _measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return {
         "layers": options.layers,
         "width": options.width,
+        "experts": options.experts,
         "atoms_per_structure": 8 * options.repeat**3,
         "structures_per_step": 2 * options.structures,
         "parameters": results[0]["parameters"],
@@ -88,7 +106,7 @@ def _measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
 
 
-def _write_data(path: Path, repeat: int, count: int) -> None:
+def _write_data(path: Path, repeat: int, count: int, *, all_elements: bool = False) -> None:
     import ase.build
     import ase.io
     import numpy as np
@@ -98,6 +116,8 @@ def _write_data(path: Path, repeat: int, count: int) -> None:
     for seed in range(count):
         atoms = ase.build.bulk("Si", cubic=True) * (repeat, repeat, repeat)
         atoms.rattle(0.05, seed=seed)
+        if all_elements:  # which choose the experts
+            atoms.numbers = rng.integers(1, 95, size=len(atoms))
         labels = {"energy": float(rng.normal()), "forces": rng.normal(size=(len(atoms), 3)), "stress": np.zeros(6)}
         atoms.calc = SinglePointCalculator(atoms, **labels)
         frames.append(atoms)
@@ -117,10 +137,11 @@ def _two_processes(name: str, options: argparse.Namespace, folder: Path) -> list
         task = {
             "folder": str(folder),
             "cpu": sorted(os.sched_getaffinity(0))[rank],
-            "parallel": {} if alone else LAYOUTS[name],
+            "parallel": {} if alone else (LAYOUTS | EXPERT_LAYOUTS)[name],
             "batch": options.structures * (1 if alone else 2),
             "layers": options.layers,
             "width": options.width,
+            "experts": options.experts,
             "steps": options.steps,
             "cache": str(folder / f"cache{rank if alone else ''}"),
         }
@@ -149,6 +170,10 @@ def _work(task: dict[str, Any]) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     parallel = ParallelConfig(**task["parallel"])
+    model = ModelConfig(num_layers=task["layers"], hidden_size=task["width"])
+    if task["experts"]:
+        experts = {"num_moe_experts": task["experts"], "moe_router_topk": 2, "moe_ffn_hidden_size": task["width"]}
+        model = replace(model, num_elements=118, **experts)
     config = TrainConfig(
         data=DataConfig(
             train=[f"{task['folder']}/train.xyz"],
@@ -157,7 +182,7 @@ def _work(task: dict[str, Any]) -> dict[str, Any]:
             cache_dir=task["cache"],
         ),
         training=TrainingConfig(train_iters=1 + task["steps"], output=f"{task['folder']}/run", device="cpu"),
-        model=ModelConfig(num_layers=task["layers"], hidden_size=task["width"]),
+        model=model,
         parallel=parallel,
     )
     with open_mesh(
@@ -165,6 +190,7 @@ def _work(task: dict[str, Any]) -> dict[str, Any]:
         shard=parallel.fully_sharded_size,
         graph=parallel.context_parallel_size,
         tensor=parallel.tensor_model_parallel_size,
+        expert=parallel.expert_model_parallel_size,
     ) as mesh:
         setup = build_setup(config, mesh)
         batches = list(setup.train.batches(0))  # graphs are built before, as worker processes would
@@ -184,8 +210,8 @@ def _work(task: dict[str, Any]) -> dict[str, Any]:
 
 def _table(report: dict[str, Any]) -> str:
     lines = [
-        f"{report['layers']} layers, width {report['width']}, {report['structures_per_step']} structures of "
-        f"{report['atoms_per_structure']} atoms per step",
+        f"{report['layers']} layers, width {report['width']}, {report['experts'] or 'no'} experts, "
+        f"{report['structures_per_step']} structures of {report['atoms_per_structure']} atoms per step",
         "| layout | s per step | efficiency | MB sent per rank and step |",
         "|---|---|---|---|",
         f"| two processes alone | {report['control_s']:.3f} | | |",

@@ -57,6 +57,7 @@ def main(words: list[str] | None = None) -> int:
         ("steps", 8, "timed steps of each run"),
     ):
         two.add_argument(f"--{name}", type=int, default=default, help=text)
+    two.set_defaults(experts=0)
     project = verbs.add_parser("project", help="weak and strong scaling")
     project.add_argument("--machine", default="h100", help="as for janus-matris plan")
     project.add_argument("--models", nargs="+", default=list(MODELS))
