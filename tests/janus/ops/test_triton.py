@@ -82,6 +82,14 @@ PLAIN_CHAINS: dict[str, tuple[Callable, list, dict, tuple[int, float, float]]] =
         (20, 44, 21),
     ),
     "silu, second": (silu._second_derivative, [(E, D)] * 3, {}, (7, 12, 7)),
+    "silu of halves, value": (silu._value, [(E, 2 * D)], {"parts": 2}, (2, 2, 2)),
+    "silu of halves, first": (silu._first_derivative, [(E, 2 * D), (E, D), (E, D)], {}, (2, 6, 4)),
+    "silu of halves, second": (
+        silu._second_derivative,
+        [(E, 2 * D), (E, D), (E, D), (E, 2 * D)],
+        {},
+        (8, 26, 16),
+    ),
     "gathered sum": (segment._gathered_sum, [(E // 2, D), (9, D), (9, D), *[E // 2, 9, 9]], {}, (5, 4.5, 5)),
     "gathered sum of own rows": (
         segment._gathered_sum,
