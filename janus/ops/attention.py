@@ -6,10 +6,15 @@ With logits s, envelope u and message m of an edge, a node's aggregate is
 
 Both sums are linear in per-edge terms, so they may be formed in any order and in parts. Because the logits are capped,
 no running maximum is needed, and an edge enters both sums with weight zero and slope zero at the cutoff.
+
+A sum's terms are as large as the message, and nothing needs them afterwards; nor does anything need the gradients of
+sums as rows of edges, in either derivative. Kernels that form sums and read gradients where they lie leave both out;
+where there are none, terms and rows are made for the time of one function.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -20,36 +25,51 @@ from janus.ops.fused import fusable
 from janus.ops.recompute import recomputable
 from janus.ops.recorded import recorded_gradients
 from janus.ops.rowwise import map_rows
+from janus.ops.segment import segment_sum, sum_rows
 
 
-def attention_terms(
-    logits: Tensor, message: Tensor, envelope: Tensor | None, *, cap: float | None
-) -> tuple[Tensor, ...]:
-    """Per-edge terms of the two sums, differentiable any number of times.
+def attention_sums(
+    logits: Tensor,
+    message: Tensor,
+    envelope: Tensor | None,
+    nodes: Sequence[tuple[Tensor, int]],
+    *,
+    cap: float | None,
+) -> list[tuple[Tensor, Tensor]]:
+    """Both sums for the nodes of each kind, differentiable any number of times.
 
-    An edge may belong to several nodes, its target and its source, with logits for each.
+    An edge may belong to a node of several kinds, its target and its source, with logits for each.
 
     Args:
-        logits: (E, k d), those of each of the k nodes of an edge.
+        logits: (E, k d), those for each of the k kinds.
         message: (E, d), u m of the sums above.
         envelope: (E, 1), u of each edge; None for u = 1.
+        nodes: of each kind, which one an edge belongs to, (E,) int64 or int32 and not changed later, and how many n
+            there are.
         cap: bound of the logits, or None to take them as they are.
     Returns:
-        u exp(c(s)) and u exp(c(s)) message, (E, d) each, for each of the k nodes.
+        of each kind the sums of u exp(c(s)) and of u exp(c(s)) message, (n, d) each.
     """
-    return _Terms.apply(logits, message, envelope, cap)
+    indices, counts = zip(*nodes, strict=True)
+    sums = _Sums.apply(cap, counts, logits, message, envelope, *indices)
+    return list(zip(sums[::2], sums[1::2], strict=True))
 
 
-def plain_attention_terms(
-    logits: Tensor, message: Tensor, envelope: Tensor | None, *, cap: float | None
-) -> tuple[Tensor, ...]:
+def plain_attention_sums(
+    logits: Tensor,
+    message: Tensor,
+    envelope: Tensor | None,
+    nodes: Sequence[tuple[Tensor, int]],
+    *,
+    cap: float | None,
+) -> list[tuple[Tensor, Tensor]]:
     """The same in recorded torch operations."""
-    terms: list[Tensor] = []
-    for of_node in logits.split(message.shape[1], dim=1):
-        weight = (of_node if cap is None else cap * (of_node / cap).tanh()).exp()
+    sums = []
+    for of_kind, (index, count) in zip(logits.split(message.shape[1], dim=1), nodes, strict=True):
+        weight = (of_kind if cap is None else cap * (of_kind / cap).tanh()).exp()
         weight = weight if envelope is None else weight * envelope
-        terms += [weight, weight * message]
-    return tuple(terms)
+        sums.append((segment_sum(weight, index, count), segment_sum(weight * message, index, count)))
+    return sums
 
 
 def _exponential(logits: Tensor, cap: float | None) -> tuple[Tensor, Tensor | None]:
@@ -60,30 +80,28 @@ def _exponential(logits: Tensor, cap: float | None) -> tuple[Tensor, Tensor | No
     return (cap * tanh).exp_(), tanh
 
 
-class _Terms(torch.autograd.Function):
+class _Sums(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, message: Tensor, envelope: Tensor | None, cap: float | None):
-        ctx.save_for_backward(logits, message, envelope)
-        ctx.cap = cap
-
-        return map_rows(partial(_value, cap=cap), _present(logits, message, envelope))
+    def forward(ctx: Any, cap, counts: tuple[int, ...], logits, message, envelope, *indices: Tensor):
+        ctx.save_for_backward(logits, message, envelope, *indices)
+        ctx.cap, ctx.counts = cap, counts
+        return _sums(logits, message, envelope, *indices, *counts, cap=cap)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor):
-        logits, message, envelope = ctx.saved_tensors
-        inputs = (logits, message, envelope, *grads)
-        results = recomputable(_TermsGrad.apply(ctx.cap, *inputs), partial(_gradients, cap=ctx.cap), *inputs)
-        return results[0], results[1], None if envelope is None else results[2], None
+        inputs, first = (*ctx.saved_tensors, *grads), partial(_sums_first_derivative, cap=ctx.cap)
+        g_logits, g_message, *g_envelope = recomputable(_SumsGrad.apply(ctx.cap, ctx.counts, *inputs), first, *inputs)
+        return None, None, g_logits, g_message, *(g_envelope or (None,)), *(None for _ in ctx.counts)
 
 
-class _TermsGrad(torch.autograd.Function):
-    """Gradients of logits, message and (if there is one) envelope, as a function of the incoming gradients."""
+class _SumsGrad(torch.autograd.Function):
+    """Gradients of logits, message and (if there is one) envelope, as a function of those of the sums."""
 
     @staticmethod
-    def forward(ctx: Any, cap: float | None, logits, message, envelope, *grads: Tensor):
-        ctx.save_for_backward(logits, message, envelope, *grads)
-        ctx.cap = cap
-        return _gradients(logits, message, envelope, *grads, cap=cap)
+    def forward(ctx: Any, cap, counts: tuple[int, ...], logits, message, envelope, *rest: Tensor):
+        ctx.save_for_backward(logits, message, envelope, *rest)
+        ctx.cap, ctx.counts = cap, counts
+        return _sums_first_derivative(logits, message, envelope, *rest, cap=cap)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor):
@@ -92,29 +110,64 @@ class _TermsGrad(torch.autograd.Function):
         With e = exp(c(s)), h = g_weight + m g_value and p = u c'(s) v_s + v_u, those three inner products sum to
         e h p + e u g_value v_m for each node of an edge, of which the lines below are the derivatives.
         """
-        logits, message, envelope, *grads = ctx.saved_tensors
+        logits, message, envelope, *rest = ctx.saved_tensors
+        indices, grads = rest[: len(ctx.counts)], rest[len(ctx.counts) :]
+        without = (None,) * len(indices)
         if torch.is_grad_enabled():
+            nodes = list(zip(indices, ctx.counts, strict=True))
 
             def plain(logits, message, envelope, *grads):
-                def value(*inputs):
-                    return plain_attention_terms(*inputs, cap=ctx.cap)
+                def value(logits, message, envelope):
+                    sums = plain_attention_sums(logits, message, envelope, nodes, cap=ctx.cap)
+                    return tuple(value for pair in sums for value in pair)
 
                 return _present(*recorded_gradients(value, (logits, message, envelope), grads))
 
-            return None, *recorded_gradients(plain, (logits, message, envelope, *grads), cotangents)
+            found = recorded_gradients(plain, (logits, message, envelope, *grads), cotangents)
+            return None, None, *found[:3], *without, *found[3:]
 
-        second = partial(_second_derivative, cap=ctx.cap)
         v_s, v_m, *v_u = cotangents
-        g_logits, g_message, *rest = map_rows(second, _present(logits, message, *grads, v_s, v_m, envelope, *v_u))
-        g_envelope = rest.pop() if envelope is not None else None
-        return None, g_logits, g_message, g_envelope, *rest
+        given = (logits, message, envelope, v_s, v_m, *(v_u or (None,)), *indices, *grads)
+        g_logits, g_message, *g_rest = _sums_second_derivative(*given, cap=ctx.cap)
+        g_envelope = None if envelope is None else g_rest.pop(0)
+        return None, None, g_logits, g_message, g_envelope, *without, *g_rest
 
 
-def _gradients(logits, message, envelope, *grads, cap) -> tuple[Tensor, ...]:
-    return map_rows(partial(_first_derivative, cap=cap), _present(logits, message, *grads, envelope))
+@fusable("attention.sums", ("native",))
+def _sums(logits, message, u, *nodes, cap) -> tuple[Tensor, ...]:
+    """`nodes` are the indices of each kind, then their numbers."""
+    half = len(nodes) // 2
+    indices, counts = nodes[:half], nodes[half:]
+    terms = map_rows(partial(_value, cap=cap), _present(logits, message, u))
+    return tuple(sum_rows(term, indices[i // 2], counts[i // 2]) for i, term in enumerate(terms))
 
 
-@fusable("attention.value")
+@fusable("attention.sums_first_derivative", ("native",))
+def _sums_first_derivative(logits, message, u, *rest, cap) -> tuple[Tensor, ...]:
+    """Of logits, message and envelope, if there is one; `rest` are the indices of each kind, then the gradients of its
+    two sums."""
+    return map_rows(partial(_first_derivative, cap=cap), _present(logits, message, *_as_rows(rest), u))
+
+
+@fusable("attention.sums_second_derivative", ("native",))
+def _sums_second_derivative(logits, message, u, v_s, v_m, v_u, *rest, cap) -> tuple[Tensor, ...]:
+    """Gradients for logits, message, envelope (if there is one) and the gradients of the sums; `rest` as before."""
+    rows = _present(logits, message, *_as_rows(rest), v_s, v_m, u, v_u)
+    g_logits, g_message, *found = map_rows(partial(_second_derivative, cap=cap), rows)
+    g_envelope = [] if u is None else [found.pop()]
+    third = len(rest) // 3
+    indices, grads = rest[:third], rest[third:]
+    sums = (sum_rows(found[i], indices[i // 2], len(grad)) for i, grad in enumerate(grads))
+    return g_logits, g_message, *g_envelope, *sums
+
+
+def _as_rows(rest: tuple[Tensor, ...]) -> list[Tensor]:
+    """Gradients of sums as rows of edges."""
+    third = len(rest) // 3
+    return [grad.index_select(0, rest[i // 2]) for i, grad in enumerate(rest[third:])]
+
+
+@fusable("attention.value", ("compiled", "triton"))
 def _value(logits, message, u=None, *, cap) -> tuple[Tensor, ...]:
     terms: list[Tensor] = []
     for of_node in logits.split(message.shape[1], dim=1):
@@ -124,7 +177,7 @@ def _value(logits, message, u=None, *, cap) -> tuple[Tensor, ...]:
     return tuple(terms)
 
 
-@fusable("attention.first_derivative")
+@fusable("attention.first_derivative", ("compiled", "triton"))
 def _first_derivative(logits, message, *rows, cap) -> tuple[Tensor, ...]:
     """`rows` are the gradients of weight and value for each node, and the envelope if there is one."""
     parts = logits.split(message.shape[1], dim=1)
@@ -144,7 +197,7 @@ def _first_derivative(logits, message, *rows, cap) -> tuple[Tensor, ...]:
     return torch.cat(of_logits, dim=1), _sum(of_message), *((_sum(of_envelope),) if of_envelope else ())
 
 
-@fusable("attention.second_derivative")
+@fusable("attention.second_derivative", ("compiled", "triton"))
 def _second_derivative(logits, message, *rows, cap) -> tuple[Tensor, ...]:
     """`rows` are the gradients as before, their cotangents v_s and v_m, and the envelope and v_u if there are any.
 

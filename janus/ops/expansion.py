@@ -162,13 +162,13 @@ def _as_wide_as(frequencies: Tensor, column: Tensor) -> Tensor:
     return column.detach()[:, None].expand(-1, frequencies.shape[1])
 
 
-@fusable("expansion.bessel_value", native=False)
+@fusable("expansion.bessel_value", ("compiled", "triton"))
 def _bessel_value(length, frequencies, *, cutoff: float, exponent: int) -> tuple[Tensor, ...]:
     scale = polynomial_envelope(length, cutoff, exponent) * math.sqrt(2.0 / cutoff) / length
     return (((length / cutoff)[:, None] * frequencies).sin_().mul_(scale[:, None]),)
 
 
-@fusable("expansion.bessel_first_derivative", native=False)
+@fusable("expansion.bessel_first_derivative", ("compiled", "triton"))
 def _bessel_first_derivative(
     length, frequencies, grad, *, cutoff, exponent, of_frequencies: bool
 ) -> tuple[Tensor, ...]:
@@ -181,7 +181,7 @@ def _bessel_first_derivative(
     return (g_length,) if g_frequencies is None else (g_length, g_frequencies)
 
 
-@fusable("expansion.bessel_second_derivative", native=False)
+@fusable("expansion.bessel_second_derivative", ("compiled", "triton"))
 def _bessel_second_derivative(
     length, frequencies, grad, cotangent, *, cutoff, exponent, of_frequencies: bool
 ) -> tuple[Tensor, ...]:
@@ -205,14 +205,14 @@ def _bessel_second_derivative(
     return cotangent * (of_sine + of_cosine), g_grad, *rest
 
 
-@fusable("expansion.fourier_value", native=False)
+@fusable("expansion.fourier_value", ("compiled", "triton"))
 def _fourier_value(x, frequencies) -> tuple[Tensor, ...]:
     phase = x.acos()[:, None] * frequencies
     constant = torch.full_like(x, math.sqrt(0.5))[:, None]
     return (torch.cat([constant, phase.sin(), phase.cos()], dim=1).mul_(_NORM),)
 
 
-@fusable("expansion.fourier_first_derivative", native=False)
+@fusable("expansion.fourier_first_derivative", ("compiled", "triton"))
 def _fourier_first_derivative(x, frequencies, grad, *, of_frequencies: bool) -> tuple[Tensor, ...]:
     """Gradient of x (A,), and of frequencies (1, K) if asked for."""
     angle = x.acos()
@@ -223,7 +223,7 @@ def _fourier_first_derivative(x, frequencies, grad, *, of_frequencies: bool) -> 
     return along.mul_(frequencies).sum(1) * ((1 - x) * (1 + x)).rsqrt() * -_NORM, *rest
 
 
-@fusable("expansion.fourier_second_derivative", native=False)
+@fusable("expansion.fourier_second_derivative", ("compiled", "triton"))
 def _fourier_second_derivative(x, frequencies, grad, cotangent, *, of_frequencies: bool) -> tuple[Tensor, ...]:
     """Gradients of <cotangent, dx> for x, grad and, if asked for, frequencies.
 

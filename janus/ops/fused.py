@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -88,7 +88,7 @@ def _check_triton(device: torch.device) -> None:
 
 
 def fusable(
-    kernel: str, *, compiled: bool = True, native: bool = True
+    kernel: str, written: Sequence[Kernels] = ("compiled", "native", "triton")
 ) -> Callable[[Callable[..., tuple[Tensor, ...]]], Callable[..., tuple[Tensor, ...]]]:
     """For functions of tensors of equal first dimension, the number of rows, beside tensors that have no rows.
 
@@ -97,8 +97,8 @@ def fusable(
 
     Args:
         kernel: `module.function` of `janus.ops.triton` and `janus.ops.native` with the same arguments and results.
-        compiled: whether torch.compile gains anything; if not, the plain function stands for the compiled one.
-        native: whether there is a kernel in C++; if not, the plain function is as good.
+        written: for which choices there is a kernel, or torch.compile gains anything; for others the plain function
+            stands, which may be made of fusable ones itself.
 
     Raises:
         RuntimeError: by the decorated function, where both differ by more than rounding.
@@ -119,7 +119,7 @@ def fusable(
         @functools.wraps(function)
         def call(*tensors: Any, **options: Any) -> tuple[Tensor, ...]:
             chosen = _Chosen.kernels
-            if chosen == "torch" or (chosen == "compiled" and not compiled) or (chosen == "native" and not native):
+            if chosen not in written:
                 return function(*tensors, **options)
             num_rows = len(tensors[0])
             if num_rows < (2 if chosen == "compiled" else 1):  # torch would compile for no row and for one row apart

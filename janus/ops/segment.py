@@ -53,7 +53,7 @@ class _SegmentSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, index: Tensor, num_segments: int) -> Tensor:
         ctx.save_for_backward(index)
-        return _sum_rows(rows, index, num_segments)[0]
+        return sum_rows(rows, index, num_segments)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -99,7 +99,7 @@ class _SumEach(torch.autograd.Function):
         ctx.save_for_backward(*indices)
         ctx.set_materialize_grads(False)
         return tuple(
-            rows.view_as(rows) if index is None else _sum_rows(rows, index, count)[0]
+            rows.view_as(rows) if index is None else sum_rows(rows, index, count)
             for index, count in zip(indices, num_values, strict=True)
         )
 
@@ -117,12 +117,17 @@ def _add_gathered(*values_and_indices: Tensor | None) -> Tensor:
     return _gathered_sum(*values_and_indices)[0]
 
 
-@fusable("segment.sum_rows", compiled=False)
+def sum_rows(rows: Tensor, index: Tensor, num_segments: int) -> Tensor:
+    """`segment_sum`, unrecorded: for use inside autograd functions."""
+    return _sum_rows(rows, index, num_segments)[0]
+
+
+@fusable("segment.sum_rows", ("native", "triton"))
 def _sum_rows(rows, index, num_segments: int) -> tuple[Tensor, ...]:
     return (rows.new_zeros((num_segments, *rows.shape[1:])).index_add(0, index, rows),)
 
 
-@fusable("segment.gathered_sum", compiled=False)
+@fusable("segment.gathered_sum", ("native", "triton"))
 def _gathered_sum(*values_and_indices) -> tuple[Tensor, ...]:
     """Of all values, then all indices."""
     half = len(values_and_indices) // 2
@@ -150,7 +155,7 @@ def segment_max(rows: Tensor, index: Tensor, num_segments: int) -> Tensor:
     return _max_rows(rows.detach(), index, num_segments)[0]
 
 
-@fusable("segment.max_rows", compiled=False, native=False)
+@fusable("segment.max_rows", ("triton",))
 def _max_rows(rows, index, num_segments: int) -> tuple[Tensor, ...]:
     lowest = rows.new_full((num_segments, rows.shape[1]), -torch.inf)
     # Rows with gaps between them, such as half the columns of a product, would take ten times as long.

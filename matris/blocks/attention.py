@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from janus.comm.adjoint import all_gather, copy, gather
-from janus.ops.attention import attention_terms
+from janus.ops.attention import attention_sums
 from janus.ops.recompute import recomputable
 from janus.ops.segment import gather_add, gather_rows
 from matris.blocks.edges import EdgeSet, PendingHalo
@@ -87,20 +87,21 @@ class SeparableAttention(MegatronModule):
         """Numerator and denominator of the softmax-weighted mean over each node's edges, on the way to its owner; for
         edges as their target and as their source."""
         nodes = (graph.target, graph.targets), (graph.source, graph.sources)
+        counted = [(node, rows.local) for node, rows in nodes]
         if self.smooth:
             value = recomputable(graph.envelope * message, torch.mul, graph.envelope, message)
-            terms = attention_terms(logits, value, graph.envelope, cap=LOGIT_CAP)
+            sums = attention_sums(logits, value, graph.envelope, counted, cap=LOGIT_CAP)
         else:
             # Released weights: no envelope and no bound, so the largest logit of each node is taken off. It cancels,
             # hence carries no gradient.
             parts = zip(logits.split(self.width, dim=1), nodes, strict=True)
             largest = [rows.max(part, node).index_select(0, node) for part, (node, rows) in parts]
-            terms = attention_terms(logits - torch.cat(largest, dim=1), message, None, cap=None)
-        sums = [
-            (rows.start_return(rows.sum(value, node)), rows.start_return(rows.sum(weight, node)))
-            for weight, value, (node, rows) in zip(terms[::2], terms[1::2], nodes, strict=True)
-        ]
-        return sums[0], sums[1]
+            sums = attention_sums(logits - torch.cat(largest, dim=1), message, None, counted, cap=None)
+        of_target, of_source = (
+            (rows.start_return(value), rows.start_return(weight))
+            for (weight, value), (_, rows) in zip(sums, nodes, strict=True)
+        )
+        return of_target, of_source
 
     def _mean(self, sums: tuple[PendingHalo, PendingHalo]) -> Tensor:
         """The mean for each owned node with the channels of all tensor ranks, (N, width)."""

@@ -23,6 +23,7 @@ struct Arguments {
 
     template <typename T>
     Rows<T> rows(int which) const { return {static_cast<T*>(tensors[which]), strides[which]}; }
+    const int64_t* index(int which) const { return static_cast<const int64_t*>(tensors[which]); }
     bool has(int which) const { return tensors[which] != nullptr; }
 };
 
@@ -35,6 +36,23 @@ void share_rows(const Arguments& call, const Body& body) {
     {
         const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
         body(call.num_rows * thread / threads, call.num_rows * (thread + 1) / threads, static_cast<int>(thread));
+    }
+}
+
+// Calls body(first channel, end, number of the thread) on every thread with a share of the channels, whole cache lines,
+// for all rows: what several rows add to belongs to one thread, and is added in the order of the rows whatever the number
+// of threads. More threads than lines have nothing to do.
+template <typename T, typename Body>
+void share_channels(const Arguments& call, const Body& body) {
+    const int64_t line = 64 / sizeof(T), lines = (call.width + line - 1) / line;
+    const int most = static_cast<int>(std::clamp<int64_t>(lines, 1, omp_get_max_threads()));
+#pragma omp parallel if (call.num_rows * call.width > kSmall) num_threads(most)
+    {
+        const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
+        body(
+            lines * thread / threads * line, std::min(lines * (thread + 1) / threads * line, call.width),
+            static_cast<int>(thread)
+        );
     }
 }
 

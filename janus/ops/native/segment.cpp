@@ -3,26 +3,21 @@
 
 namespace {
 
-// rows, index of each (int64) -> sums by index, zero before. Threads divide the channels, by cache lines, so that none
-// waits for another and each sum is formed in the order of its rows, by any number of threads.
+// rows, index of each (int64) -> sums by index, zero before
 template <typename T>
 void segment_sum(const Arguments& call, const double*) {
     const auto x = call.rows<const T>(0);
-    const auto* index = static_cast<const int64_t*>(call.tensors[1]);
     const auto out = call.rows<T>(2);
-    const int64_t line = 64 / sizeof(T), lines = (call.width + line - 1) / line, num_rows = call.num_rows;
-#pragma omp parallel if (num_rows * call.width > kSmall) num_threads(std::min<int64_t>(omp_get_max_threads(), lines))
-    {
-        const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
-        const int64_t begin = lines * thread / threads * line;
-        const int64_t end = std::min(lines * (thread + 1) / threads * line, call.width);
+    const int64_t* index = call.index(1);
+    const int64_t num_rows = call.num_rows;
+    share_channels<T>(call, [=](int64_t begin, int64_t end, int) {
         for (int64_t row = 0; row < num_rows; ++row) {
             const T* __restrict a = x.at(row);
             T* __restrict y = out.at(index[row]);
 #pragma omp simd
             for (int64_t i = begin; i < end; ++i) y[i] += a[i];
         }
-    }
+    });
 }
 
 // Numbers: how many parts k. Tensors: k of values, then k of indices (int64; null for a row of its own), then the sum.
@@ -34,7 +29,7 @@ void gathered_sum(const Arguments& call, const double* numbers) {
         for (int64_t row = begin; row < end; ++row) {
             T* __restrict y = out.at(row);
             for (int part = 0; part < parts; ++part) {
-                const auto* index = static_cast<const int64_t*>(call.tensors[parts + part]);
+                const int64_t* index = call.index(parts + part);
                 const T* __restrict x = call.rows<const T>(part).at(index == nullptr ? row : index[row]);
                 if (part == 0) {
                     std::copy_n(x, call.width, y);

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from janus.ops.attention import attention_terms
+from janus.ops.attention import attention_sums
 from janus.ops.expansion import bessel_expansion, fourier_expansion
 from janus.ops.fused import fusable, use_kernels
 from janus.ops.gated_norm import gated_norm
@@ -32,8 +32,9 @@ def through_a_step(function: Callable[..., Tensor], inputs: list[Tensor]) -> lis
     return [value, force, *torch.autograd.grad((force * force).sum() + value.sum(), inputs)]
 
 
-def both_terms(*inputs: Tensor) -> Tensor:
-    weight, value = attention_terms(*inputs[:3], cap=5.0)
+def both_sums(*inputs: Tensor) -> Tensor:
+    nodes = torch.arange(len(inputs[0])) // 2
+    ((weight, value),) = attention_sums(*inputs, [(nodes, len(nodes))], cap=5.0)
     return weight * value
 
 
@@ -41,7 +42,7 @@ FUNCTIONS = {
     "layer norm": (lambda *x: gated_norm(*x, eps=1e-5, center=True), ["rows", "rows", "pair", "pair"]),
     "RMS norm": (lambda *x: gated_norm(*x, None, eps=1e-7, center=False), ["rows", "rows", "pair"]),
     "silu": (silu, ["rows"]),
-    "smooth attention": (both_terms, ["rows", "rows", "column"]),
+    "smooth attention": (both_sums, ["rows", "rows", "column"]),
     "bessel": (lambda x, w: bessel_expansion(x.square() + 0.5, w, cutoff=1.5, exponent=6), ["numbers", "frequencies"]),
     "fourier": (lambda x, f: fourier_expansion(x.tanh(), f, scale=0.999), ["numbers", "frequencies"]),
 }

@@ -5,7 +5,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional
 
-from janus.ops.attention import attention_terms, plain_attention_terms
+from janus.ops.attention import attention_sums, plain_attention_sums
 from janus.ops.expansion import (
     bessel_expansion,
     fourier_expansion,
@@ -33,10 +33,15 @@ def gated_case(center, bias):
 
 
 def attention_case(cap, enveloped):
-    inputs = [rand(5, 3, seed=1), rand(5, 3, seed=2), rand(5, 1, seed=3) if enveloped else None]
+    inputs = [rand(5, 6, seed=1), rand(5, 3, seed=2), rand(5, 1, seed=3) if enveloped else None]
+    nodes = [(torch.tensor([0, 0, 1, 3, 3]), 4), (torch.tensor([2, 0, 1, 2, 0]), 3)]
+
+    def joined(sums):
+        return torch.cat([value for pair in sums for value in pair])
+
     return (
-        lambda *t: torch.cat(attention_terms(*t, cap=cap), dim=1),
-        lambda *t: torch.cat(plain_attention_terms(*t, cap=cap), dim=1),
+        lambda *t: joined(attention_sums(*t, nodes, cap=cap)),
+        lambda *t: joined(plain_attention_sums(*t, nodes, cap=cap)),
         inputs,
     )
 
@@ -233,8 +238,9 @@ def test_no_rows():
     out = gated_norm(torch.empty(0, 4), torch.empty(0, 4), torch.ones(2, 4), torch.zeros(2, 4), eps=1e-5, center=True)
     assert out.shape == (0, 4)
     assert map_rows(lambda x: (x * 2,), (torch.empty(0, 3),))[0].shape == (0, 3)
-    weight, _ = attention_terms(torch.empty(0, 3), torch.empty(0, 3), torch.empty(0, 1), cap=None)
-    assert weight.shape == (0, 3)
+    nodes = [(torch.empty(0, dtype=torch.int64), 2)]
+    ((weight, _),) = attention_sums(torch.empty(0, 3), torch.empty(0, 3), torch.empty(0, 1), nodes, cap=None)
+    assert torch.equal(weight, torch.zeros(2, 3))
 
 
 @pytest.mark.parametrize("index_type", [torch.int32, torch.int64])

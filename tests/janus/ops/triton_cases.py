@@ -21,7 +21,7 @@ DEVICE = torch.device(os.environ["JANUS_TEST_DEVICE"])
 KERNELS = os.environ["JANUS_TEST_KERNELS"]
 ROWS_AND_WIDTHS = [(0, 7), (3, 1), (1, 7), (37, 32), (5, 100), (2, 128)]
 """Rows and widths, in pieces of a program and beyond."""
-FORMATTED = ("silu", "norm True", "attention 10", "bessel 8", "fourier True")
+FORMATTED = ("silu", "norm True", "attention 10", "sums 10", "bessel 8", "fourier True")
 """Of the cases, those that run in other number formats too."""
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 2e-2}
 
@@ -83,6 +83,28 @@ def attention_case(cap: float | None, enveloped: bool, nodes: int, order: int) -
     return case
 
 
+def sums_case(cap: float | None, enveloped: bool, kinds: int, order: int) -> Callable:
+    """Of two kinds of nodes or three, some without an edge."""
+
+    def case(rows: int, width: int, dtype: torch.dtype) -> tuple:
+        u = rand(rows, 1, seed=9, dtype=dtype) if enveloped else None
+        arguments = [3 * rand(rows, kinds * width, seed=1, dtype=dtype), rand(rows, width, seed=2, dtype=dtype), u]
+        if order == 2:
+            arguments += [rand(rows, kinds * width, seed=20, dtype=dtype), rand(rows, width, seed=21, dtype=dtype)]
+            arguments += [rand(rows, 1, seed=22, dtype=dtype) if enveloped else None]
+        counts = [rows // 3 + 1, 5, 2][:kinds]
+        for seed, count in enumerate(counts):
+            drawn = torch.randint(count, (rows,), generator=torch.Generator().manual_seed(seed))
+            arguments += [(drawn.sort()[0] if seed == 0 else drawn).to(DEVICE)]
+        if order:
+            arguments += [rand(count, width, seed=10 + count, dtype=dtype) for count in counts for _ in range(2)]
+        else:
+            arguments += counts
+        return SUMS[order], arguments, {"cap": cap}
+
+    return case
+
+
 def bessel_case(exponent: int, of_frequencies: bool, order: int) -> Callable:
     def case(rows: int, width: int, dtype: torch.dtype) -> tuple:
         options = {"cutoff": 3.0, "exponent": exponent, **({"of_frequencies": of_frequencies} if order else {})}
@@ -112,6 +134,7 @@ NORM = (gated_norm._value, gated_norm._first_derivative, gated_norm._second_deri
 BESSEL = (expansion._bessel_value, expansion._bessel_first_derivative, expansion._bessel_second_derivative)
 FOURIER = (expansion._fourier_value, expansion._fourier_first_derivative, expansion._fourier_second_derivative)
 ATTENTION = (attention._value, attention._first_derivative, attention._second_derivative)
+SUMS = (attention._sums, attention._sums_first_derivative, attention._sums_second_derivative)
 SILU = (silu._value, silu._first_derivative, silu._second_derivative)
 LEAVES: dict[str, Callable] = {}
 for order in range(3):
@@ -121,6 +144,7 @@ for order in range(3):
         LEAVES[f"norm {center} {bias}, order {order}"] = norm_case(center, bias, False, order)
     for cap, enveloped, nodes in ((10.0, True, 2), (None, False, 1), (3.0, False, 3)):
         LEAVES[f"attention {cap} {enveloped} {nodes}, order {order}"] = attention_case(cap, enveloped, nodes, order)
+        LEAVES[f"sums {cap} {enveloped} {nodes}, order {order}"] = sums_case(cap, enveloped, nodes, order)
     for exponent, of_frequencies in ((8, True), (1, True), (2, False)):
         LEAVES[f"bessel {exponent} {of_frequencies}, order {order}"] = bessel_case(exponent, of_frequencies, order)
     for of_frequencies in (True, False):
@@ -175,7 +199,9 @@ def test_fourier_series_of_nearly_straight_angles(order: int, sign: float, dtype
 
 def compare(function: Callable, arguments: list[Tensor | None], options: dict) -> None:
     # What rounding is belongs to the format: the plain function computes in fp64.
-    exact = [None if value is None else value.double() for value in arguments]
+    exact = [
+        value.double() if isinstance(value, Tensor) and value.is_floating_point() else value for value in arguments
+    ]
     found, expected = function(*arguments, **options), function.__wrapped__(*exact, **options)
     for ours, plain in zip(found, expected, strict=True):
         assert ours.dtype == arguments[0].dtype
@@ -187,10 +213,14 @@ def both(*terms: Tensor) -> Tensor:
     return torch.cat(terms, dim=1)
 
 
+NODES = [(torch.tensor([0, 2, 0], device=DEVICE), 4), (torch.tensor([1, 0, 1], device=DEVICE), 2)]
 WHOLE: dict[str, tuple[Callable, list[tuple[int, ...]]]] = {
     "layer norm": (lambda *x: gated_norm.gated_norm(*x, eps=1e-5, center=True), [(3, 3), (3, 3), (2, 3), (2, 3)]),
     "RMS norm": (lambda *x: gated_norm.gated_norm(*x, None, eps=1e-5, center=False), [(3, 3), (3, 3), (2, 3)]),
-    "attention": (lambda *x: both(*attention.attention_terms(*x, cap=3.0)), [(3, 4), (3, 2), (3, 1)]),
+    "attention": (
+        lambda *x: torch.cat([both(*pair) for pair in attention.attention_sums(*x, NODES, cap=3.0)]),
+        [(3, 4), (3, 2), (3, 1)],
+    ),
     "silu": (silu.silu, [(3, 2)]),
     "silu of halves": (lambda x: both(*reversed(silu.silu_parts(x, 2))), [(3, 4)]),
     "bessel": (
