@@ -157,7 +157,8 @@ def _sums_second_derivative(logits, message, u, v_s, v_m, v_u, *rest, cap) -> tu
     g_envelope = [] if u is None else [found.pop()]
     third = len(rest) // 3
     indices, grads = rest[:third], rest[third:]
-    sums = (sum_rows(found[i], indices[i // 2], len(grad)) for i, grad in enumerate(grads))
+    # len() would make a traced size a constant.
+    sums = (sum_rows(found[i], indices[i // 2], grad.shape[0]) for i, grad in enumerate(grads))
     return g_logits, g_message, *g_envelope, *sums
 
 
