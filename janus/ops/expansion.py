@@ -38,8 +38,13 @@ def bessel_expansion(length: Tensor, frequencies: Tensor, *, cutoff: float, expo
     Returns:
         (E, K)
     """
-    functions = (_bessel_value, _bessel_first_derivative, _bessel_second_derivative, plain_bessel_expansion)
-    kind = _Kind(*(partial(function, cutoff=cutoff, exponent=exponent) for function in functions))
+    shape: dict[str, Any] = {"cutoff": cutoff, "exponent": exponent}
+    kind = _Kind(
+        value=partial(_bessel_value, **shape),
+        first_derivative=partial(_bessel_first_derivative, **shape),
+        second_derivative=partial(_bessel_second_derivative, **shape),
+        plain=partial(plain_bessel_expansion, **shape),
+    )
     return _Expansion.apply(length, frequencies[None], kind)
 
 

@@ -110,23 +110,28 @@ def _functions(options: argparse.Namespace, device: torch.device) -> dict[str, t
         halves = rand(rows, 2 * width).split(width, dim=1)
         return by_rows(call, [*halves, *(rand(rows, width) for _ in range(others))], num_summed)
 
-    def terms(function: Callable, grads: int, cotangents: int, cap: float | None) -> Call:
-        tensors = [rand(rows, 2 * width), *(rand(rows, width) for _ in range(1 + grads))]
-        tensors += [rand(rows, 2 * width), rand(rows, width)][:cotangents]
-        envelopes = [] if cap is None else [rand(rows, 1).abs() for _ in range(2 if cotangents else 1)]
-        return by_rows(function, [*tensors, *envelopes], cap=cap)
-
     index = [torch.randint(nodes, (rows,), device=device).sort()[0], torch.randint(nodes, (rows,), device=device)]
     gathered = [rand(rows, width), rand(nodes, width), rand(nodes, width), None, *index]
+    halves = [rand(rows, 2 * width), rand(rows, width), rand(rows, width), rand(rows, 2 * width)]
+
+    def sums(function: Callable, order: int, cap: float | None) -> Call:
+        u, v_u = (None, None) if cap is None else (rand(rows, 1).abs(), rand(rows, 1))
+        tensors = [rand(rows, 2 * width), rand(rows, width), u]
+        tensors += [rand(rows, 2 * width), rand(rows, width), v_u] if order == 2 else []
+        of_nodes = [rand(nodes, width) for _ in range(4)] if order else [nodes, nodes]
+        return lambda: function(*tensors, *index, *of_nodes, cap=cap)
+
     return {
         "gated layer norm, value": (normed(gated_norm._value, 0, 0), 3),
         "gated layer norm, first derivative": (normed(gated_norm._first_derivative, 1, 0, affine=False), 5),
         "gated layer norm, second derivative": (normed(gated_norm._second_derivative, 3, 2), 8),
-        "attention terms, value": (terms(attention._value, 0, 0, 10.0), 7),
-        "attention terms, first derivative": (terms(attention._first_derivative, 4, 0, 10.0), 10),
-        "attention terms, second derivative": (terms(attention._second_derivative, 4, 2, 10.0), 17),
-        "attention terms without cap and envelope, second": (terms(attention._second_derivative, 4, 2, None), 17),
-        "SiLU, second derivative": (by_rows(silu._second_derivative, [rand(rows, width) for _ in range(3)]), 5),
+        "attention sums, value": (sums(attention._sums, 0, 10.0), 3),
+        "attention sums, first derivative": (sums(attention._sums_first_derivative, 1, 10.0), 6),
+        "attention sums, second derivative": (sums(attention._sums_second_derivative, 2, 10.0), 9),
+        "attention sums without cap and envelope, second": (sums(attention._sums_second_derivative, 2, None), 9),
+        "SiLU of halves, value": (lambda: silu._value(halves[0], parts=2), 4),
+        "SiLU of halves, first derivative": (lambda: silu._first_derivative(*halves[:3]), 6),
+        "SiLU of halves, second derivative": (by_rows(silu._second_derivative, halves), 10),
         "gathered sum of own rows and two kinds of nodes": (lambda: segment._gathered_sum(*gathered), 2),
         "segment sum": (lambda: segment._sum_rows(gathered[0], index[1], nodes), 1),
     }
