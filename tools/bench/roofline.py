@@ -454,7 +454,7 @@ def _table(report: dict[str, Any]) -> str:
     machine, batch = report["machine"], report["batch"]
     rates = ", ".join(f"{rate / 1e9:.4g} GFLOP/s {kind}" for kind, rate in machine["flops_per_s"].items())
     lines = [
-        f"{machine['device']}, {machine['ranks']} ranks of {machine['threads']} threads, torch {machine['torch']}: "
+        f"{machine['device']}, {machine['ranks']} ranks of {machine['threads']} threads, torch {torch.__version__}: "
         f"{rates}, {machine['bytes_per_s'] / 1e9:.3g} GB/s",
         *(f"{name}: {rate / 1e9:.3g} GB/s" for name, rate in machine["collectives_bytes_per_s"].items()),
         f"preset {report['preset']}, {report['precision']}, recompute {report['recompute']}"

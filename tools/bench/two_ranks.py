@@ -1,9 +1,11 @@
 """Primitives of this machine with two pinned gloo ranks, and the step of two ranks predicted from them.
 
 Collectives of many sizes are timed and fitted by a latency and a time per byte (alpha and beta), with weights that make
-relative errors count. A step of two ranks is predicted as that of two processes that do not communicate, which is
-measured, and for every collective, whose calls and bytes are known by formula, its calls times alpha and bytes times
-beta. Nothing is hidden behind computation: on CPUs the exchange needs the processor that computes.
+relative errors count. A step of two ranks is predicted from what a rank computes by itself and from every collective,
+whose calls and bytes are known by formula: its calls times alpha and bytes times beta. What a rank computes by itself
+is measured on both processors at once with torch's fake process group, which answers collectives at once and without
+data: under a tensor axis that is more than half of what one process computes. Nothing is hidden behind computation: on
+CPUs the exchange needs the processor that computes.
 """
 
 from __future__ import annotations
@@ -19,9 +21,13 @@ import time
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from matris.config import ModelConfig
+    from matris.data.dataset import MicroBatch
 
 MODULE = "tools.bench.two_ranks"
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -31,14 +37,18 @@ COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 def primitives(*, largest_mb: float, repeats: int) -> dict[str, Any]:
     """Alpha in s and beta in s per byte that a rank sends, of each collective; FLOP/s and bytes/s of a rank while the
     other does the same."""
+    return _on_two_processors("primitives", {"largest_mb": largest_mb, "repeats": repeats})[0]
+
+
+def _on_two_processors(verb: str, task: dict[str, Any]) -> list[dict[str, Any]]:
+    """What two processes of one thread each find, as two ranks of one launch."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    task = json.dumps({"largest_mb": largest_mb, "repeats": repeats})
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", MODULE, task],
+            [sys.executable, "-m", MODULE, verb, json.dumps(task)],
             cwd=ROOT,
             env=os.environ | shared | {"OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
@@ -49,8 +59,7 @@ def primitives(*, largest_mb: float, repeats: int) -> dict[str, Any]:
     outputs = [process.communicate()[0] for process in processes]
     if any(process.returncode for process in processes):
         raise SystemExit("a rank failed; see above")
-    found: dict[str, Any] = json.loads(outputs[0].splitlines()[-1])
-    return found
+    return [json.loads(output.splitlines()[-1]) for output in outputs]
 
 
 def fit(sizes: list[float], times: list[float]) -> tuple[float, float]:
@@ -82,16 +91,15 @@ def predict(options: Namespace, machine: dict[str, Any]) -> dict[str, Any]:
         print(f"two processes that do not communicate: {alone:.4f} s per step", flush=True)
         report: dict[str, Any] = {"control_s": alone, "layouts": {}}
         for layout in options.layouts:
-            traffic = _traffic(layout, options, folder)
+            traffic, computing = _traffic(layout, options, folder), _computing(layout, options, folder)
             communication = sum(
                 calls * machine["collectives"][key.split("/")[1]]["alpha_s"]
                 + traffic["wire_bytes"][key] * machine["collectives"][key.split("/")[1]]["beta_s_per_byte"]
                 for key, calls in traffic["calls"].items()
             )
-            print(
-                f"{layout:<12} predicted {alone + communication:.4f} s ({communication:.4f} s of it sent)", flush=True
-            )
-            report["layouts"][layout] = {"predicted_s": alone + communication, **traffic}
+            predicted = computing + communication
+            print(f"{layout:<12} predicted {predicted:.4f} s ({communication:.4f} s of it sent)", flush=True)
+            report["layouts"][layout] = {"predicted_s": predicted, "computing_s": computing, **traffic}
         for layout, entry in report["layouts"].items():
             measured = _median(layout, options, folder)
             difference = measured / entry["predicted_s"] - 1.0
@@ -106,13 +114,21 @@ def predict(options: Namespace, machine: dict[str, Any]) -> dict[str, Any]:
 def _median(name: str, options: Namespace, folder: Path) -> float:
     from tools.bench import parallel
 
-    results = parallel._two_processes(name, options, folder)
+    return _median_of_slower(parallel._two_processes(name, options, folder))
+
+
+def _median_of_slower(results: list[dict[str, Any]]) -> float:
     return statistics.median(map(max, zip(*(result["times_s"] for result in results), strict=True)))
+
+
+def _computing(name: str, options: Namespace, folder: Path) -> float:
+    """Seconds of a step in which every collective is answered at once."""
+    sizes = {key: getattr(options, key) for key in ("layers", "width", "structures", "steps")}
+    return _median_of_slower(_on_two_processors("computing", {"layout": name, "folder": str(folder), **sizes}))
 
 
 def _traffic(name: str, options: Namespace, folder: Path) -> dict[str, Any]:
     """Calls and bytes of a step by formula."""
-    import ase.io
     import torch
 
     from janus.comm.traffic import PlainAxis
@@ -120,9 +136,6 @@ def _traffic(name: str, options: Namespace, folder: Path) -> dict[str, Any]:
     from janus.sharding.memory import WeightSizes
     from janus.sharding.traffic import UnitSize, WeightAxes, weight_traffic
     from matris.config import ModelConfig
-    from matris.data.dataset import Collate
-    from matris.data.records import Sample
-    from matris.graph.structure import Labels, Structure
     from matris.model import MatRIS
     from matris.traffic import RankRows, feature_traffic
     from tools.bench import parallel
@@ -137,19 +150,7 @@ def _traffic(name: str, options: Namespace, folder: Path) -> dict[str, Any]:
         pipeline=1,
     )
     hyper = ModelConfig(num_layers=options.layers, hidden_size=options.width)
-    own = 2 * options.structures // (grid.data * grid.shard)
-    frames = ase.io.read(folder / "train.xyz", index=f":{own}")
-    samples = [
-        Sample(identifier=f"{index}", structure=Structure.from_atoms(atoms), labels=Labels())
-        for index, atoms in enumerate(frames)
-    ]
-    collate = Collate(
-        pairwise_cutoff=hyper.pairwise_cutoff,
-        three_body_cutoff=hyper.three_body_cutoff,
-        task_names=("default",),
-        num_parts=grid.graph,
-        part=0,
-    )
+    batch = _micro_batch(hyper, 2 * options.structures // (grid.data * grid.shard), folder, parts=grid.graph, part=0)
     with torch.device("meta"):
         model = MatRIS(hyper)
         model.readout.magmom.requires_grad_(False)
@@ -176,7 +177,7 @@ def _traffic(name: str, options: Namespace, folder: Path) -> dict[str, Any]:
     traffic.add(
         feature_traffic(
             hyper,
-            RankRows.of(collate(samples).graph),
+            RankRows.of(batch.graph),
             graph=PlainAxis(name="graph", size=grid.graph),
             tensor=PlainAxis(name="tensor", size=grid.tensor),
         )
@@ -184,13 +185,104 @@ def _traffic(name: str, options: Namespace, folder: Path) -> dict[str, Any]:
     return {"calls": dict(traffic.calls), "wire_bytes": dict(traffic.wire_bytes)}
 
 
+def _micro_batch(hyper: ModelConfig, structures: int, folder: Path, *, parts: int, part: int) -> MicroBatch:
+    """The first structures of the data, as a rank of a graph axis has them."""
+    import ase.io
+
+    from matris.data.dataset import Collate
+    from matris.data.labels import LabelKeys, read_labels
+    from matris.data.records import Sample
+    from matris.graph.structure import Structure
+
+    frames = ase.io.read(folder / "train.xyz", index=f":{structures}")
+    samples = [
+        Sample(
+            identifier=f"{index}",
+            structure=Structure.from_atoms(atoms),
+            labels=read_labels(atoms, LabelKeys()).labels,
+            task="default",
+        )
+        for index, atoms in enumerate(frames)
+    ]
+    collate = Collate(
+        pairwise_cutoff=hyper.pairwise_cutoff,
+        three_body_cutoff=hyper.three_body_cutoff,
+        task_names=("default",),
+        num_parts=parts,
+        part=part,
+    )
+    return collate(samples)
+
+
 # A rank ---------------------------------------------------------------------------------------------------------------
 
 
-def _work(task: dict[str, Any]) -> dict[str, Any]:
+def _work(verb: str, task: dict[str, Any]) -> dict[str, Any]:
     cpus = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cpus[int(os.environ["RANK"]) % len(cpus)]})
+    return _times_of_primitives(task) if verb == "primitives" else _times_of_computing(task)
 
+
+def _times_of_computing(task: dict[str, Any]) -> dict[str, Any]:
+    import torch
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from janus.mesh import open_mesh
+    from janus.optim import AdamWConfig, Schedule
+    from janus.training.learner import Learner
+    from janus.training.step import accumulate_gradients
+    from matris.config import LossConfig, ModelConfig
+    from matris.graph.batch import LabelTotals
+    from matris.model import MatRIS
+    from matris.task import MatRISTask
+    from tools.bench.parallel import LAYOUTS
+
+    torch.set_num_threads(1)
+    sizes, hyper = LAYOUTS[task["layout"]], ModelConfig(num_layers=task["layers"], hidden_size=task["width"])
+    dist.init_process_group("fake", store=FakeStore(), rank=int(os.environ["RANK"]), world_size=2)
+    with open_mesh(
+        "cpu",
+        watched=False,
+        shard=sizes.get("fully_sharded_size", 1),
+        graph=sizes.get("context_parallel_size", 1),
+        tensor=sizes.get("tensor_model_parallel_size", 1),
+    ) as mesh:
+        model = MatRIS(hyper, seed=1, mesh=mesh)
+        learner = Learner(
+            model,
+            AdamWConfig(),
+            Schedule(lr=1e-3, num_steps=1),
+            ema_decay=0.999,
+            clip_grad=1.0,
+            mesh=mesh,
+            units=model.sharding_units(),
+            policy=sizes.get("sharding_policy", "regather"),
+        )
+        structures = 2 * task["structures"]
+        own = structures // (mesh.data.size * mesh.shard.size)
+        batch = _micro_batch(hyper, own, Path(task["folder"]), parts=mesh.graph.size, part=mesh.graph.rank)
+        totals = LabelTotals(
+            energy_structures=structures,
+            forces_structures=structures,
+            forces_atoms=float(batch.graph.num_atoms),
+            stress_structures=structures,
+            magmoms_atoms=0.0,
+        )
+        learned = MatRISTask(model, LossConfig(), ("default",))
+        times = []
+        for _ in range(1 + task["steps"]):
+            start = time.perf_counter()
+            learner.zero_gradients()
+            accumulate_gradients(learned, [batch], totals, learner)
+            learner.sum_gradients()
+            learner.clip()
+            learner.update()
+            times.append(time.perf_counter() - start)
+    return {"times_s": times[1:]}
+
+
+def _times_of_primitives(task: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from janus.comm.adjoint import reduce
@@ -248,4 +340,4 @@ def _work(task: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(_work(json.loads(sys.argv[1]))))
+    print(json.dumps(_work(sys.argv[1], json.loads(sys.argv[2]))))
