@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import resource
@@ -111,12 +112,11 @@ class _Workers:
             raise RuntimeError(f"worker {side} {verb} failed:\n{done.stderr}")
         return json.loads(done.stdout.splitlines()[-1])
 
-    def time(self, side: str, system: str, *, steps: int, labelled: bool) -> dict[str, Any]:
+    def time(self, side: str, system: str, **settings: Any) -> dict[str, Any]:
         """The reference, or a variant of ours."""
         if side == "reference":
-            return self(side, "time", system, steps=steps, labelled=labelled)
-        ours = {"smooth": self.options.smooth, "variant": side, "labelled": labelled}
-        return self("ours", "time", system, steps=steps, **ours)
+            return self(side, "time", system, **settings)
+        return self("ours", "time", system, smooth=self.options.smooth, variant=side, **settings)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -140,19 +140,20 @@ def _sides(options: argparse.Namespace) -> list[str]:
 def _largest(options: argparse.Namespace, work: _Workers) -> dict[str, Any]:
     """For each side the largest number of cells within the memory, the memory there and with one cell more."""
     work("reference", "predict", "nacl:1")  # leaves the weights of both sides
-    results = {}
+    results, limit = {}, 1024.0 * options.largest
     for side in _sides(options):
         peaks: dict[int, float] = {}
 
         def peak(number: int, side: str = side, peaks: dict[int, float] = peaks) -> float:
             if number not in peaks:
-                peaks[number] = work.time(side, f"cells:{number}", steps=1, labelled=False)["peak_MiB"]
+                found = work.time(side, f"cells:{number}", steps=1, labelled=False, most_MiB=1.1 * limit)
+                peaks[number] = found.get("peak_MiB", math.inf)
                 print(f"{side}: {number} cells take {peaks[number]:.0f} MiB", file=sys.stderr)
             return peaks[number]
 
-        limit, fitting, too_many = 1024.0 * options.largest, 2, 1 << 30
+        fitting, too_many = 2, 1 << 30
         if peak(fitting) > limit:
-            raise SystemExit(f"{side}: two cells take {peak(2):.0f} MiB, more than --largest {options.largest:g} GiB")
+            raise SystemExit(f"{side}: two cells take more than --largest {options.largest:g} GiB")
         number = 4
         while too_many - fitting > 1:
             before, slope = fitting, (peak(number) - peak(fitting)) / (number - fitting)
@@ -162,8 +163,12 @@ def _largest(options: argparse.Namespace, work: _Workers) -> dict[str, Any]:
                 too_many = number
             # Memory is nearly linear in the number, so that a straight line leads close; never far beyond, though.
             guess = int(before + (limit - peak(before)) / max(slope, 1e-3))
+            if math.isinf(slope):
+                guess = (fitting + too_many) // 2
             number = min(max(guess, fitting + 1), too_many - 1, 4 * fitting)
-        results[side] = {"cells": fitting, "peak_MiB": peaks[fitting], "one_more_MiB": peaks[too_many]}
+        more = peaks[too_many]
+        one_more = {} if math.isinf(more) else {"one_more_MiB": more}
+        results[side] = {"cells": fitting, "peak_MiB": peaks[fitting], **one_more}
     return {**work.facts, "limit_GiB": options.largest, "sides": results}
 
 
@@ -177,7 +182,7 @@ def _table_of_largest(report: dict[str, Any]) -> str:
     for side, found in report["sides"].items():
         lines.append(
             f"| {side} | {found['cells']} | {found['cells'] / first:.1f} x | {found['peak_MiB']:.0f} | "
-            f"{found['one_more_MiB']:.0f} |"
+            + (f"{found['one_more_MiB']:.0f} |" if "one_more_MiB" in found else "a tenth over the limit and more |")
         )
     return "\n".join(lines)
 
@@ -267,11 +272,18 @@ def worker(side: str, verb: str, settings: dict[str, Any]) -> dict[str, Any]:
     step, facts = (_reference_side if side == "reference" else _our_side)(settings, predict=verb == "predict")
     if verb == "predict":
         return {**facts, "versions": {"python": platform.python_version(), "torch": torch.__version__}}
-    before = _peak_mib()
+    before, most = _peak_mib(), settings.get("most_MiB")
+    if most is not None:  # beyond it the process fails; without it the system might end others as well
+        resource.setrlimit(resource.RLIMIT_DATA, (int(most * 1024**2),) * 2)
     times = []
     for _ in range(settings["steps"] + 1):
         start = time.perf_counter()
-        step()
+        try:
+            step()
+        except (MemoryError, RuntimeError) as error:
+            if most is None or not (isinstance(error, MemoryError) or "allocate memory" in str(error)):
+                raise
+            return {}
         times.append(time.perf_counter() - start)
     return {"times_s": times[1:], "peak_MiB": _peak_mib(), "before_first_step_MiB": before}
 
