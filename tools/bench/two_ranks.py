@@ -76,7 +76,7 @@ def fit(sizes: list[float], times: list[float]) -> tuple[float, float]:
 
 
 def predict(options: Namespace, machine: dict[str, Any]) -> dict[str, Any]:
-    """Prints what is predicted for each layout, then measures it.
+    """Prints what is predicted for a layout, then measures it; one layout after the other.
 
     Args:
         options: those of tools/bench/parallel.py.
@@ -99,12 +99,16 @@ def predict(options: Namespace, machine: dict[str, Any]) -> dict[str, Any]:
             )
             predicted = computing + communication
             print(f"{layout:<12} predicted {predicted:.4f} s ({communication:.4f} s of it sent)", flush=True)
-            report["layouts"][layout] = {"predicted_s": predicted, "computing_s": computing, **traffic}
-        for layout, entry in report["layouts"].items():
-            measured = _median(layout, options, folder)
-            difference = measured / entry["predicted_s"] - 1.0
+            measured = _median(layout, options, folder)  # at once, for the machine's speed drifts
+            difference = measured / predicted - 1.0
             print(f"{layout:<12} measured  {measured:.4f} s, {100 * difference:+.1f} %", flush=True)
-            entry |= {"measured_s": measured, "difference": difference}
+            report["layouts"][layout] = {
+                "predicted_s": predicted,
+                "computing_s": computing,
+                "measured_s": measured,
+                "difference": difference,
+                **traffic,
+            }
         # Whether the machine was the same all the time.
         report["control_again_s"] = _median("control", options, folder)
         print(f"control again: {report['control_again_s']:.4f} s per step")
