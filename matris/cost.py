@@ -9,7 +9,8 @@ A product y = x W^T of n rows costs 2 n inputs outputs each time it runs, and a 
 
 So a step costs six forward passes but for inputs that are the same wherever the atoms are (the first block's atoms),
 inputs before which nothing is trained (fixed bases), and the energy's last layer, whose g_y is constant. Recomputation
-runs no product again. `tests/matris/test_cost.py` counts what torch runs and finds the same numbers.
+of results runs no product again; that of whole blocks (`full`) runs those of the forward and the force pass twice.
+`tests/matris/test_cost.py` counts what torch runs and finds the same numbers.
 
 Each run of it moves rows inputs + inputs outputs + rows outputs numbers between memory and processor, if each operand
 is read once and each result written once. That is what a step moves whose other operations all happen on the way, in

@@ -32,7 +32,7 @@ def use_kernels(kernels: Kernels, device: torch.device) -> None:
         ValueError: this device cannot run them, or a compiler is missing.
     """
     if kernels == "compiled":
-        _check_compiler(device)
+        _check_compiler(kernels, device)
         import torch._dynamo
 
         # Options, number formats and memory layouts make variants; torch by default allows a function only 8.
@@ -43,7 +43,7 @@ def use_kernels(kernels: Kernels, device: torch.device) -> None:
                 f"native kernels are C++ for CPUs, and the device is {device.type}: choose the kernels triton or "
                 "compiled"
             )
-        _check_compiler(device)
+        _check_compiler(kernels, device)
     if kernels == "triton":
         _check_triton(device)
     _Chosen.kernels = kernels
@@ -54,7 +54,7 @@ def kernels_in_use() -> Kernels:
     return _Chosen.kernels
 
 
-def _check_compiler(device: torch.device) -> None:
+def _check_compiler(kernels: Kernels, device: torch.device) -> None:
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         raise ValueError("compiled kernels need the package triton on CUDA: install it, or choose the kernels of torch")
     if device.type != "cpu":
@@ -66,7 +66,7 @@ def _check_compiler(device: torch.device) -> None:
         get_cpp_compiler()
     except InvalidCxxCompiler as error:
         raise ValueError(
-            f"compiled kernels need a C++ compiler on CPU, and torch found none ({error}): install g++, name one "
+            f"{kernels} kernels need a C++ compiler on CPU, and torch found none ({error}): install g++, name one "
             "in the variable CXX, or choose the kernels of torch"
         ) from None
 
@@ -82,8 +82,8 @@ def _check_triton(device: torch.device) -> None:
         )
     if device.type != "cuda" and not triton.knobs.runtime.interpret:
         raise ValueError(
-            f"Triton kernels run on GPUs (CUDA, ROCm), and the device is {device.type}: choose the kernels torch or "
-            "compiled; to test them without a GPU, set TRITON_INTERPRET=1 before the start (very slow)"
+            f"Triton kernels run on GPUs (CUDA, ROCm), and the device is {device.type}: choose the kernels torch, "
+            "native or compiled; to test them without a GPU, set TRITON_INTERPRET=1 before the start (very slow)"
         )
 
 

@@ -25,7 +25,8 @@ def test_counts_are_the_same_each_time(found: dict, monkeypatch: pytest.MonkeyPa
     again = check.measure(rounds=0)
     worse, lines = check.compare(again, found, margin=0.1)
     assert not worse
-    assert len(lines) == 5
+    assert len(lines) == 6
+    assert lines[-1] == "nothing is worse"
 
 
 def test_stored_counts_are_those_of_all_cases() -> None:
@@ -50,10 +51,14 @@ def test_other_counts_and_slower_steps_are_noticed(found: dict) -> None:
 
 
 def test_what_cannot_be_compared_is_said(found: dict) -> None:
-    other = {"versions": {"torch": "0"}, "machine": {"processor": "abacus"}, "cases": {}}
+    other = {**found, "versions": {"torch": "0"}, "machine": {"processor": "abacus"}}
     worse, lines = check.compare(other, found, margin=0.1)
-    assert not worse
-    assert [line.split(":")[0] for line in lines] == ["counts are not compared", "times are not compared"]
+    assert worse
+    told = ["counts are not compared", "times are not compared", "NOTHING WAS COMPARED"]
+    assert [line.split(":")[0] for line in lines] == told
+    build = {**found["versions"], "torch": found["versions"]["torch"].partition("+")[0] + "+another"}
+    assert not check.compare({**found, "versions": build}, found, margin=0.1)[0]
+    assert check.compare({**found, "cases": {}}, found, margin=0.1)[0]
     new = {**found, "cases": {"new": found["cases"][CASE]}}
     assert check.compare(new, found, margin=0.1)[0]
 

@@ -92,13 +92,17 @@ def measure(rounds: int) -> dict[str, Any]:
 def compare(found: dict[str, Any], baseline: dict[str, Any], margin: float) -> tuple[bool, list[str]]:
     """Whether anything is worse or other, and a line about each number."""
     lines, worse = [], False
-    torch_here, torch_before = (report["versions"]["torch"] for report in (found, baseline))
+    # The part after + names the build, with CUDA or without, on which counts of a processor do not depend.
+    torch_here, torch_before = (report["versions"]["torch"].partition("+")[0] for report in (found, baseline))
     processor, processor_before = (report["machine"]["processor"] for report in (found, baseline))
     same_torch, same_processor = torch_here == torch_before, processor == processor_before
     if not same_torch:
         lines.append(f"counts are not compared: the baseline is of torch {torch_before}, here is {torch_here}")
     if not same_processor:
         lines.append(f"times are not compared: the baseline is of {processor_before}, here is {processor}")
+    for name in baseline["cases"].keys() - found["cases"].keys():
+        lines.append(f"{name}: in the baseline, and not measured; write it anew with --update")
+        worse = True
     for name, case in found["cases"].items():
         before = baseline["cases"].get(name)
         if before is None:
@@ -116,6 +120,13 @@ def compare(found: dict[str, Any], baseline: dict[str, Any], margin: float) -> t
             is_slower = now > then * (1.0 + margin)
             worse |= is_slower
             lines.append(f"{name}: step over control {now:.3g}, was {then:.3g}{'  SLOWER' if is_slower else ''}")
+    if worse:
+        lines.append("something is worse or other than in the baseline")
+    elif not (same_torch or same_processor):
+        lines.append("NOTHING WAS COMPARED: write a baseline of this machine with --update, then compare with it")
+        worse = True
+    else:
+        lines.append("nothing is worse")
     return worse, lines
 
 

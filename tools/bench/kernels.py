@@ -46,6 +46,11 @@ def main(words: list[str] | None = None) -> int:
     for name in ("rows", "nodes", "width", "calls", "threads"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} is {getattr(options, name)}: it must be at least 1")
+    for kernels in options.kernels:
+        try:
+            use_kernels(kernels, torch.device(options.device))
+        except ValueError as error:
+            parser.error(f"--kernels {kernels}: {error}")
     report = measure(options)
     print(_table(report))
     write_report(options.output, report)

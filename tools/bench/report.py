@@ -10,6 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from matris.writable import check_writable
+
 PACKAGES = ("torch", "numpy", "ase", "h5py", "megatron-core")
 
 
@@ -48,4 +50,8 @@ def writable_file(word: str) -> Path:
         raise argparse.ArgumentTypeError(f"{word}: there is no directory {path.parent}; make it first")
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{word} is a directory: name a file to write")
+    try:
+        check_writable(path.parent)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
     return path

@@ -26,6 +26,7 @@ import math
 import os
 import platform
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -83,6 +84,18 @@ def main() -> int:
     )
     add_output(parser)
     options = parser.parse_args()
+    if shutil.which(options.reference_python) is None:
+        parser.error(
+            f"--reference_python {options.reference_python}: no such program; name the python of that environment"
+        )
+    for name in ("steps", "rounds", "threads", "layers"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} is {getattr(options, name)}: it must be at least 1")
+    for system in options.systems:
+        try:
+            _system(system)
+        except ValueError as error:
+            parser.error(f"--systems: {error}")
     with tempfile.TemporaryDirectory() as directory:
         work = _Workers(options, Path(directory))
         report = _compare(options, work) if options.largest is None else _largest(options, work)
@@ -297,7 +310,7 @@ def _system(name: str) -> list[dict[str, np.ndarray]]:
     """Rattled structures, and errors that the labels have against the prediction."""
     kind, _, number = name.partition(":")
     if kind not in SYSTEMS or not number.isdecimal() or int(number) < 1:
-        raise ValueError(f"system {name!r}: choose nacl:N, tio2:N or molecules:N, N from 1")
+        raise ValueError(f"system {name!r}: choose nacl:N, cells:N, tio2:N or molecules:N, N from 1")
     count = int(number)
     rng = np.random.default_rng(1)
     number_of = count if kind in ("molecules", "cells") else 1
