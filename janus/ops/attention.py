@@ -111,7 +111,7 @@ class _SumsGrad(torch.autograd.Function):
         e h p + e u g_value v_m for each node of an edge, of which the lines below are the derivatives.
         """
         logits, message, envelope, *rest = ctx.saved_tensors
-        indices, grads = rest[: len(ctx.counts)], rest[len(ctx.counts) :]
+        indices, grads = _indices_and_grads(tuple(rest))
         without = (None,) * len(indices)
         if torch.is_grad_enabled():
             nodes = list(zip(indices, ctx.counts, strict=True))
@@ -152,20 +152,25 @@ def _sums_first_derivative(logits, message, u, *rest, cap) -> tuple[Tensor, ...]
 @fusable("attention.sums_second_derivative", ("native",))
 def _sums_second_derivative(logits, message, u, v_s, v_m, v_u, *rest, cap) -> tuple[Tensor, ...]:
     """Gradients for logits, message, envelope (if there is one) and the gradients of the sums; `rest` as before."""
+    indices, grads = _indices_and_grads(rest)
     rows = _present(logits, message, *_as_rows(rest), v_s, v_m, u, v_u)
     g_logits, g_message, *found = map_rows(partial(_second_derivative, cap=cap), rows)
     g_envelope = [] if u is None else [found.pop()]
-    third = len(rest) // 3
-    indices, grads = rest[:third], rest[third:]
     # len() would make a traced size a constant.
     sums = (sum_rows(found[i], indices[i // 2], grad.shape[0]) for i, grad in enumerate(grads))
     return g_logits, g_message, *g_envelope, *sums
 
 
+def _indices_and_grads(rest: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """An index of each kind, two gradients of each."""
+    kinds = len(rest) // 3
+    return rest[:kinds], rest[kinds:]
+
+
 def _as_rows(rest: tuple[Tensor, ...]) -> list[Tensor]:
     """Gradients of sums as rows of edges."""
-    third = len(rest) // 3
-    return [grad.index_select(0, rest[i // 2]) for i, grad in enumerate(rest[third:])]
+    indices, grads = _indices_and_grads(rest)
+    return [grad.index_select(0, indices[i // 2]) for i, grad in enumerate(grads)]
 
 
 @fusable("attention.value", ("compiled", "triton"))

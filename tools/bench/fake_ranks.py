@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import ase.build
 import numpy as np
 import torch
 import torch.distributed as dist
+from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from janus.comm.traffic import Traffic
@@ -64,20 +65,27 @@ def of_weights(hyper: ModelConfig, mesh: Mesh, policy: str) -> Traffic:
     )
 
 
-def micro_batch(hyper: ModelConfig, mesh: Mesh) -> MicroBatch:
-    """Silicon and rock salt, on this rank."""
-    samples = []
-    for seed, atoms in enumerate((ase.build.bulk("Si", cubic=True), ase.build.bulk("NaCl", "rocksalt", a=5.6))):
+def examples() -> list[Atoms]:
+    """Silicon and rock salt."""
+    frames = [ase.build.bulk("Si", cubic=True), ase.build.bulk("NaCl", "rocksalt", a=5.6)]
+    for seed, atoms in enumerate(frames):
         atoms.rattle(0.1, seed=seed)
         atoms.calc = SinglePointCalculator(atoms, energy=-1.0, forces=np.ones((len(atoms), 3)), stress=np.full(6, 0.01))
+    return frames
+
+
+def micro_batch(frames: Sequence[Atoms], hyper: ModelConfig, *, num_parts: int, part: int) -> MicroBatch:
+    """Structures with labels, as a rank of a graph axis has them."""
+    samples = []
+    for number, atoms in enumerate(frames):
         structure, labels = Structure.from_atoms(atoms), read_labels(atoms, LabelKeys()).labels
-        samples.append(Sample(identifier=f"{seed}", structure=structure, labels=labels, task="default"))
+        samples.append(Sample(identifier=f"{number}", structure=structure, labels=labels, task="default"))
     collate = Collate(
         pairwise_cutoff=hyper.pairwise_cutoff,
         three_body_cutoff=hyper.three_body_cutoff,
         task_names=("default",),
-        num_parts=mesh.graph.size,
-        part=mesh.graph.rank,
+        num_parts=num_parts,
+        part=part,
     )
     return collate(samples)
 
@@ -127,7 +135,7 @@ def measured(mesh: Mesh, hyper: ModelConfig, policy: str, start: float) -> Measu
         units=model.sharding_units(),
         policy=policy,  # type: ignore[arg-type]
     )
-    batch = micro_batch(hyper, mesh)
+    batch = micro_batch(examples(), hyper, num_parts=mesh.graph.size, part=mesh.graph.rank)
     totals = LabelTotals(
         energy_structures=2.0, forces_structures=2.0, forces_atoms=10.0, stress_structures=2.0, magmoms_atoms=0.0
     )

@@ -193,29 +193,10 @@ def _micro_batch(hyper: ModelConfig, structures: int, folder: Path, *, parts: in
     """The first structures of the data, as a rank of a graph axis has them."""
     import ase.io
 
-    from matris.data.dataset import Collate
-    from matris.data.labels import LabelKeys, read_labels
-    from matris.data.records import Sample
-    from matris.graph.structure import Structure
+    from tools.bench.fake_ranks import micro_batch
 
     frames = ase.io.read(folder / "train.xyz", index=f":{structures}")
-    samples = [
-        Sample(
-            identifier=f"{index}",
-            structure=Structure.from_atoms(atoms),
-            labels=read_labels(atoms, LabelKeys()).labels,
-            task="default",
-        )
-        for index, atoms in enumerate(frames)
-    ]
-    collate = Collate(
-        pairwise_cutoff=hyper.pairwise_cutoff,
-        three_body_cutoff=hyper.three_body_cutoff,
-        task_names=("default",),
-        num_parts=parts,
-        part=part,
-    )
-    return collate(samples)
+    return micro_batch(frames, hyper, num_parts=parts, part=part)
 
 
 # A rank ---------------------------------------------------------------------------------------------------------------
