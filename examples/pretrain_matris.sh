@@ -14,7 +14,7 @@
 #   RESTARTS             how often torchrun starts the processes again after one has died [0]
 #   STEPS                updates, instead of the epochs of CONFIG
 #   PYTHON               interpreter [python]
-#   GLIBC_TUNABLES       settings of the allocator [no caches of small blocks, which saves memory on CPU]
+#   LD_PRELOAD, GLIBC_TUNABLES   an allocator, and settings of glibc's [on CPU those with least memory: allocator.sh]
 # Arguments go to `janus-matris train`. A run that was stopped goes on when started again.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
@@ -40,9 +40,8 @@ arguments=(train --config "$config" --training.output "$output" --data.train $TR
 [ -z "${TEST:-}" ] || arguments+=(--data.test $TEST)
 [ -z "${STEPS:-}" ] || arguments+=(--training.train_epochs null --training.train_iters "$STEPS")
 
-# glibc keeps small blocks that lie between large ones for itself, and so leaves holes that nothing fits in: without this
-# a step on CPU needs half as much memory again (docs/benchmarks.md). Other allocators (LD_PRELOAD) do not read it.
-export GLIBC_TUNABLES="${GLIBC_TUNABLES-glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0}"
+# shellcheck source=examples/allocator.sh
+source "$here/allocator.sh"
 # Processes share the cores.
 cores="$(getconf _NPROCESSORS_ONLN)"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > nproc ? cores / nproc : 1))}"

@@ -14,12 +14,15 @@ from janus.comm.collectives import reduce_max
 from janus.data.packing import Budget, MemoryLimit
 from janus.mesh import Mesh
 from janus.sharding.memory import weight_memory
+from janus.training.memory import allocator_in_use
 from matris.config import Precision
 from matris.memory import UnitBytes, unit_bytes
 from matris.model import MatRIS
 
 USED = 0.9
-"""Of the memory: the rest is for what the prediction misses, and for what the allocator loses between blocks."""
+"""Of the memory: the rest is for what the prediction misses, and for what a GPU's allocator loses between blocks."""
+LIBRARIES = 0.5e9
+"""Bytes of a process on CPU before it has weights or data."""
 _USED_LATER = 0.95
 """What a resumed run may need of it for micro-batches as large as before: free memory is never the same twice."""
 _SHARED = 0.7
@@ -100,7 +103,7 @@ def memory_room(
     Args:
         recompute: what the model does, or `auto`: sets it to the policy with the least work that leaves room for the
             largest of the training data, or else to that with the least memory.
-        memory_gb: GB that a rank may use; None for what is free on its GPU.
+        memory_gb: GB that a rank may use, on CPU the whole process; None for what is free on its GPU.
         sizes: (n, 3) of the training data.
         fixed: whether whole experts are on home ranks.
 
@@ -117,10 +120,10 @@ def memory_room(
         at_home=fixed,
     )
     needed = weights.held + weights.gathered + weights.gathered_experts
-    own = _free_bytes(mesh.device) if memory_gb is None else 1e9 * memory_gb
+    own = _free_bytes(mesh.device) if memory_gb is None else _given_bytes(mesh.device, memory_gb)
     of_rank = -reduce_max(-own, mesh)
     together = 1.0 if mesh.graph.size == 1 else _SHARED * mesh.graph.size
-    policies = ("selective", "all", "full")[: 3 if model.can_recompute_blocks else 2]
+    policies = ("none", "selective", "all", "full")[: 4 if model.can_recompute_blocks else 3]
     found = [_needs(model, policy, sizes) for policy in (policies if recompute == "auto" else (recompute,))]
     room = [together * (USED * of_rank - needed - needs.unit.constant) - needs.largest for needs in found]
     chosen = next((needs for needs, left in zip(found, room, strict=True) if left >= 0.0), found[int(np.argmax(room))])
@@ -129,8 +132,8 @@ def memory_room(
     available = USED * of_rank - needed - unit.constant
     if available <= 0.0:
         raise ValueError(
-            f"data.budget is auto: of {of_rank / 1e9:.3g} GB on each rank nothing is left for micro-batches beside "
-            f"{needed / 1e9:.3g} GB of weights, gradients and optimizer state"
+            f"data.budget is auto: the memory of each rank leaves {max(0.0, of_rank) / 1e9:.3g} GB for tensors, and "
+            f"nothing of it for micro-batches beside {needed / 1e9:.3g} GB of weights, gradients and optimizer state"
             f"{f' and {unit.constant / 1e9:.3g} GB of small results' if unit.constant else ''}: share the weights over "
             "more ranks (parallel.fully_sharded_size), or give more memory"
         )
@@ -164,6 +167,12 @@ def _needs(model: MatRIS, policy: str, sizes: np.ndarray) -> _Needs:
         itemsize=8 if model.precision is Precision.fp64 else 4,
     )
     return _Needs(policy=policy, unit=unit, largest=float((sizes @ np.array(unit.per_unit)).max()))
+
+
+def _given_bytes(device: torch.device, memory_gb: float) -> float:
+    """For tensors."""
+    given = 1e9 * memory_gb
+    return (given - LIBRARIES) / allocator_in_use().overhead if device.type == "cpu" else given
 
 
 def _free_bytes(device: torch.device) -> float:

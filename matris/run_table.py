@@ -6,6 +6,7 @@ import numpy as np
 
 from janus.data.packing import plan_micro_batches
 from janus.mesh import Mesh
+from janus.training.memory import allocator_in_use
 from matris.data.dataset import StructureDataset
 from matris.reference_fit import LabelStatistics, reference_table
 from matris.setup import Setup, reference_source
@@ -47,7 +48,7 @@ def run_table(config: TrainConfig, setup: Setup, mesh: Mesh) -> str:
         ),
         ("ranks", f"{_ranks(config, mesh)}; precision {training.precision}{compiled}"),
         ("batch", _batch(config, setup, mesh)),
-        ("micro-batch", _budget(config, setup)),
+        ("micro-batch", _budget(config, setup, mesh)),
         (
             "steps",
             f"{_count(setup.num_steps)} updates = {setup.num_steps / setup.steps_per_epoch:.3g} epochs of "
@@ -126,7 +127,7 @@ def _batch(config: TrainConfig, setup: Setup, mesh: Mesh) -> str:
     )
 
 
-def _budget(config: TrainConfig, setup: Setup) -> str:
+def _budget(config: TrainConfig, setup: Setup, mesh: Mesh) -> str:
     data = config.data
     limits = {"atoms": data.max_atoms, "edges": data.max_edges, "angles": data.max_angles}
     given = [f"at most {_count(limit)} {name}" for name, limit in limits.items() if limit is not None]
@@ -138,6 +139,9 @@ def _budget(config: TrainConfig, setup: Setup) -> str:
             f"at most {memory.available / 1e9:.3g} GB by prediction (auto), as of {atoms} atoms with {edges} edges and "
             f"{angles} angles, the average of the training data; recompute {setup.model.recompute}"
         )
+        if mesh.device.type == "cpu":
+            allocator = allocator_in_use()
+            given.append(f"{allocator.name} counted as {allocator.overhead:g} bytes for each of tensors")
     return ", ".join(given) or "a rank's whole share at once (no budget: data.max_atoms, max_edges, max_angles)"
 
 

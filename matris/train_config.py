@@ -116,7 +116,9 @@ class DataConfig:
         max_angles: angles per micro-batch.
         budget: `auto` also limits the predicted memory of a micro-batch to what the device has beside the weights, and
             names structures that need more on their own before the first update; `given`: only the limits above.
-        memory_gb: GB (1e9 bytes) that each rank may use, with `budget auto`; on CUDA by default what is free there.
+        memory_gb: GB (1e9 bytes) that each rank may use, with `budget auto`; on CUDA by default what is free there. On
+            CPU it is of the whole process without its `num_workers`: libraries, and what the allocator loses, which
+            depends on it (docs/training.md), are taken off.
         cost_model: by which an update's structures are divided evenly over the ranks: `formula`, the FLOPs of their
             atoms, edges and angles; or `calibrated`, the times of a few micro-batches at the start of the run, which a
             resumed run keeps (another start of the same run may divide them otherwise, as clocks do).
@@ -339,8 +341,8 @@ class TrainingConfig:
             instead of keeping them, in the force pass and in the second backward pass alike: the same bits with less
             memory; `all` those of any size, `none` keeps them. `full` keeps of an interaction block only its inputs and
             what arrives at it in each backward pass, and computes twice as many matrix products in all. `auto`, with
-            `data.budget` auto and `data.memory_gb`, takes the first of selective, all and full with which the largest
-            structure fits.
+            `data.budget` auto and `data.memory_gb`, takes the first of none, selective, all and full with which the
+            largest structure fits.
         seed: of the initial weights, the shuffling and the validation split.
         device: `auto` (a GPU per rank where there are GPUs), `cpu` or `cuda`.
         resume: `auto` continues from the newest valid checkpoint in `output`, `never` refuses an `output` with

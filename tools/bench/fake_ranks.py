@@ -29,7 +29,7 @@ from matris.config import LossConfig, ModelConfig
 from matris.data.dataset import Collate, MicroBatch
 from matris.data.labels import LabelKeys, read_labels
 from matris.data.records import Sample
-from matris.graph.batch import LabelTotals
+from matris.graph.batch import GraphBatch, LabelTotals
 from matris.graph.structure import Structure
 from matris.model import MatRIS
 from matris.task import MatRISTask
@@ -39,10 +39,19 @@ FP32 = 4
 MICRO_BATCHES = 2
 
 
-def of_weights(hyper: ModelConfig, mesh: Mesh, policy: str) -> Traffic:
-    """Of the weights and their gradients, over all micro-batches of a step, from the shapes of the whole model."""
+def by_formula(hyper: ModelConfig, mesh: Mesh, policy: str, batch: GraphBatch, *, micro_batches: int) -> Traffic:
+    """Of a step with so many micro-batches like `batch`."""
+    traffic = _of_weights(hyper, mesh, policy, micro_batches)
+    of_batch = feature_traffic(hyper, RankRows.of(batch), graph=mesh.graph, tensor=mesh.tensor)
+    traffic.add(of_batch, micro_batches)
+    return traffic
+
+
+def _of_weights(hyper: ModelConfig, mesh: Mesh, policy: str, micro_batches: int) -> Traffic:
+    """Of the weights and their gradients, from the shapes of the whole model."""
     with torch.device("meta"):
         whole = MatRIS(hyper)
+        whole.readout.magmom.requires_grad_(False)
     modules = whole.sharding_units() if mesh.shard.size > 1 else ()
     sizes = WeightSizes.of(whole, modules, tensor=mesh.tensor.size)
     return weight_traffic(
@@ -61,7 +70,7 @@ def of_weights(hyper: ModelConfig, mesh: Mesh, policy: str) -> Traffic:
         ),
         whole_bytes=sizes.everywhere,
         policy=policy,  # type: ignore[arg-type]
-        micro_batches=MICRO_BATCHES,
+        micro_batches=micro_batches,
     )
 
 
@@ -72,6 +81,23 @@ def examples() -> list[Atoms]:
         atoms.rattle(0.1, seed=seed)
         atoms.calc = SinglePointCalculator(atoms, energy=-1.0, forces=np.ones((len(atoms), 3)), stress=np.full(6, 0.01))
     return frames
+
+
+def task_and_learner(hyper: ModelConfig, mesh: Mesh, policy: str) -> tuple[MatRISTask, Learner]:
+    """Of a rank, with a model that learns energies, forces and stress."""
+    model = MatRIS(hyper, seed=1, mesh=mesh)
+    model.readout.magmom.requires_grad_(False)
+    learner = Learner(
+        model,
+        AdamWConfig(),
+        Schedule(lr=1e-3, num_steps=1),
+        ema_decay=0.999,
+        clip_grad=1.0,
+        mesh=mesh,
+        units=model.sharding_units(),
+        policy=policy,  # type: ignore[arg-type]
+    )
+    return MatRISTask(model, LossConfig(), ("default",)), learner
 
 
 def micro_batch(frames: Sequence[Atoms], hyper: ModelConfig, *, num_parts: int, part: int) -> MicroBatch:
@@ -124,29 +150,16 @@ def step_of_rank(
 def measured(mesh: Mesh, hyper: ModelConfig, policy: str, start: float) -> Measured:
     """The step without its update, whose numbers would mean nothing."""
     opened = time.monotonic()
-    model = MatRIS(hyper, seed=1, mesh=mesh)
-    learner = Learner(
-        model,
-        AdamWConfig(),
-        Schedule(lr=1e-3, num_steps=1),
-        ema_decay=0.0,
-        clip_grad=1.0,
-        mesh=mesh,
-        units=model.sharding_units(),
-        policy=policy,  # type: ignore[arg-type]
-    )
+    task, learner = task_and_learner(hyper, mesh, policy)
     batch = micro_batch(examples(), hyper, num_parts=mesh.graph.size, part=mesh.graph.rank)
     totals = LabelTotals(
         energy_structures=2.0, forces_structures=2.0, forces_atoms=10.0, stress_structures=2.0, magmoms_atoms=0.0
     )
-    task = MatRISTask(model, LossConfig(), ("default",))
     mesh.ledger.clear()
     accumulate_gradients(task, [batch] * MICRO_BATCHES, totals, learner)
     learner.sum_gradients()
     learner.clip()
     ledger = mesh.ledger
     found = Traffic(calls=ledger.calls, bytes=ledger.bytes, wire_bytes=ledger.wire_bytes)
-    expected = of_weights(hyper, mesh, policy)
-    of_batch = feature_traffic(hyper, RankRows.of(batch.graph), graph=mesh.graph, tensor=mesh.tensor)
-    expected.add(of_batch, MICRO_BATCHES)
+    expected = by_formula(hyper, mesh, policy, batch.graph, micro_batches=MICRO_BATCHES)
     return Measured(found=found, expected=expected, seconds=(opened - start, time.monotonic() - opened))

@@ -26,17 +26,8 @@ from typing import Any
 
 from tools.bench.report import add_output, write_report
 
-LAYOUTS = {
-    "dp2": {},
-    "fsdp2": {"fully_sharded_size": 2},
-    "fsdp2-keep": {"fully_sharded_size": 2, "sharding_policy": "keep"},
-    "gp2": {"context_parallel_size": 2},
-    "tp2": {"tensor_model_parallel_size": 2},
-}
-EXPERT_LAYOUTS = {
-    "ep2": {"expert_model_parallel_size": 2},
-    "ep2-home": {"expert_model_parallel_size": 2, "expert_placement": "fixed"},
-}
+LAYOUTS = ("dp2", "fsdp2", "fsdp2-keep", "gp2", "tp2")
+EXPERT_LAYOUTS = ("ep2", "ep2-home")
 """For models with experts; the other layouts serve these too."""
 
 
@@ -137,7 +128,7 @@ def _two_processes(name: str, options: argparse.Namespace, folder: Path) -> list
         task = {
             "folder": str(folder),
             "cpu": sorted(os.sched_getaffinity(0))[rank],
-            "parallel": {} if alone else (LAYOUTS | EXPERT_LAYOUTS)[name],
+            "layout": None if alone else name,
             "batch": options.structures * (1 if alone else 2),
             "layers": options.layers,
             "width": options.width,
@@ -165,11 +156,12 @@ def _work(task: dict[str, Any]) -> dict[str, Any]:
     from janus.mesh import open_mesh
     from janus.training.step import train_step
     from matris.config import ModelConfig
+    from matris.layouts import Layout, parse_layout
     from matris.setup import build_setup
     from matris.train_config import DataConfig, ParallelConfig, TrainConfig, TrainingConfig
 
     torch.set_num_threads(1)
-    parallel = ParallelConfig(**task["parallel"])
+    layout = Layout() if task["layout"] is None else parse_layout(task["layout"])
     model = ModelConfig(num_layers=task["layers"], hidden_size=task["width"])
     if task["experts"]:
         experts = {"num_moe_experts": task["experts"], "moe_router_topk": 2, "moe_ffn_hidden_size": task["width"]}
@@ -183,15 +175,9 @@ def _work(task: dict[str, Any]) -> dict[str, Any]:
         ),
         training=TrainingConfig(train_iters=1 + task["steps"], output=f"{task['folder']}/run", device="cpu"),
         model=model,
-        parallel=parallel,
+        parallel=layout.applied(ParallelConfig()),
     )
-    with open_mesh(
-        "cpu",
-        shard=parallel.fully_sharded_size,
-        graph=parallel.context_parallel_size,
-        tensor=parallel.tensor_model_parallel_size,
-        expert=parallel.expert_model_parallel_size,
-    ) as mesh:
+    with open_mesh("cpu", shard=layout.shard, graph=layout.graph, tensor=layout.tensor, expert=layout.expert) as mesh:
         setup = build_setup(config, mesh)
         batches = list(setup.train.batches(0))  # graphs are built before, as worker processes would
         times = []

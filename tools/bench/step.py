@@ -10,8 +10,8 @@ pass, AdamW (torch's default one for the reference, which has no training code; 
 made before.
 Peak memory is ru_maxrss of the process: interpreter, libraries and everything.
 LD_PRELOAD holds for both sides: an allocator such as tcmalloc changes time and memory of both (docs/benchmarks.md).
-With --as_launched ours has the settings of glibc's allocator that examples/pretrain_matris.sh makes; the reference,
-which has no launcher, runs as it does by default.
+With --as_launched ours has the allocator that examples/pretrain_matris.sh chooses; the reference, which has no
+launcher, runs as it does by default.
 
     python -m tools.bench.step --reference_python PYTHON --largest 20 --variants default full
 
@@ -47,8 +47,8 @@ VARIANTS = ("default", "none", "all", "full", "compiled", "native", "blocks")
 """Ours: as `training` has it by default, with another `training.recompute`, or with other
 `training.kernels`, or compiled blocks."""
 SYSTEMS = ("nacl", "cells", "tio2", "molecules")
-LAUNCHED = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"}
-"""As in examples/pretrain_matris.sh."""
+LAUNCHED = ["bash", "-c", 'source "$0"; exec "$@"', str(ROOT / "examples" / "allocator.sh")]
+"""Before a command: as examples/pretrain_matris.sh starts it."""
 
 
 def main() -> int:
@@ -80,7 +80,7 @@ def main() -> int:
         "--smooth", action="store_true", help="time ours with smooth attention (its default in training)"
     )
     parser.add_argument(
-        "--as_launched", action="store_true", help="ours with the allocator's settings of examples/pretrain_matris.sh"
+        "--as_launched", action="store_true", help="ours with the allocator of examples/pretrain_matris.sh"
     )
     add_output(parser)
     options = parser.parse_args()
@@ -114,12 +114,12 @@ class _Workers:
         options, directory = self.options, self.directory
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         environment["OMP_NUM_THREADS"] = str(options.threads)
-        if side == "ours" and options.as_launched:
-            environment |= LAUNCHED
         settings |= {"directory": str(directory), "system": system, "threads": options.threads}
         settings |= {"layers": options.layers, "width": options.width, "three_body_cutoff": options.three_body_cutoff}
         python = options.reference_python if side == "reference" else sys.executable
         command = [python, str(Path(__file__).resolve()), "worker", side, verb, json.dumps(settings)]
+        if side == "ours" and options.as_launched:
+            command = [*LAUNCHED, *command]
         done = subprocess.run(command, env=environment, cwd=directory, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"worker {side} {verb} failed:\n{done.stderr}")

@@ -21,13 +21,9 @@ import time
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from matris.config import ModelConfig
-    from matris.data.dataset import MicroBatch
 
 MODULE = "tools.bench.two_ranks"
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -87,27 +83,26 @@ def predict(options: Namespace, machine: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         parallel._write_data(folder / "train.xyz", options.repeat, 8 * options.structures)
-        alone = _median("control", options, folder)
-        print(f"two processes that do not communicate: {alone:.4f} s per step", flush=True)
-        report: dict[str, Any] = {"control_s": alone, "layouts": {}}
+        control = _median("control", options, folder)
+        print(f"two processes that do not communicate: {control:.4f} s per step", flush=True)
+        report: dict[str, Any] = {"control_s": control, "layouts": {}}
         for layout in options.layouts:
-            traffic, computing = _traffic(layout, options, folder), _computing(layout, options, folder)
+            alone = _alone(layout, options, folder)
             communication = sum(
                 calls * machine["collectives"][key.split("/")[1]]["alpha_s"]
-                + traffic["wire_bytes"][key] * machine["collectives"][key.split("/")[1]]["beta_s_per_byte"]
-                for key, calls in traffic["calls"].items()
+                + alone["wire_bytes"][key] * machine["collectives"][key.split("/")[1]]["beta_s_per_byte"]
+                for key, calls in alone["calls"].items()
             )
-            predicted = computing + communication
+            predicted = alone["computing_s"] + communication
             print(f"{layout:<12} predicted {predicted:.4f} s ({communication:.4f} s of it sent)", flush=True)
             measured = _median(layout, options, folder)  # at once, for the machine's speed drifts
             difference = measured / predicted - 1.0
             print(f"{layout:<12} measured  {measured:.4f} s, {100 * difference:+.1f} %", flush=True)
             report["layouts"][layout] = {
                 "predicted_s": predicted,
-                "computing_s": computing,
                 "measured_s": measured,
                 "difference": difference,
-                **traffic,
+                **{key: alone[key] for key in ("computing_s", "calls", "wire_bytes")},
             }
         # Whether the machine was the same all the time.
         report["control_again_s"] = _median("control", options, folder)
@@ -125,78 +120,11 @@ def _median_of_slower(results: list[dict[str, Any]]) -> float:
     return statistics.median(map(max, zip(*(result["times_s"] for result in results), strict=True)))
 
 
-def _computing(name: str, options: Namespace, folder: Path) -> float:
-    """Seconds of a step in which every collective is answered at once."""
+def _alone(layout: str, options: Namespace, folder: Path) -> dict[str, Any]:
+    """Of a step in which every collective is answered at once: seconds, and calls and bytes by formula."""
     sizes = {key: getattr(options, key) for key in ("layers", "width", "structures", "steps")}
-    return _median_of_slower(_on_two_processors("computing", {"layout": name, "folder": str(folder), **sizes}))
-
-
-def _traffic(name: str, options: Namespace, folder: Path) -> dict[str, Any]:
-    """Calls and bytes of a step by formula."""
-    import torch
-
-    from janus.comm.traffic import PlainAxis
-    from janus.grid import Grid
-    from janus.sharding.memory import WeightSizes
-    from janus.sharding.traffic import UnitSize, WeightAxes, weight_traffic
-    from matris.config import ModelConfig
-    from matris.model import MatRIS
-    from matris.traffic import RankRows, feature_traffic
-    from tools.bench import parallel
-
-    sizes = parallel.LAYOUTS[name]
-    grid = Grid.of(
-        2,
-        shard=sizes.get("fully_sharded_size", 1),
-        graph=sizes.get("context_parallel_size", 1),
-        tensor=sizes.get("tensor_model_parallel_size", 1),
-        expert=1,
-        pipeline=1,
-    )
-    hyper = ModelConfig(num_layers=options.layers, hidden_size=options.width)
-    batch = _micro_batch(hyper, 2 * options.structures // (grid.data * grid.shard), folder, parts=grid.graph, part=0)
-    with torch.device("meta"):
-        model = MatRIS(hyper)
-        model.readout.magmom.requires_grad_(False)
-    modules = model.sharding_units() if grid.shard > 1 else ()
-    weights = WeightSizes.of(model, modules, tensor=grid.tensor)
-    axes = {
-        "shard": grid.shard,
-        "tensor": grid.tensor,
-        "replicas": grid.data * grid.shard * grid.graph,
-        "shard_replicas": grid.data * grid.graph,
-        "expert": 1,
-        "expert_replicas": 1,
-    }
-    traffic = weight_traffic(
-        [
-            UnitSize.of(size, grid.shard, itemsize=4, in_force_pass=module is not model.atom_embedding)
-            for module, size in zip(modules, weights.units, strict=True)
-        ],
-        WeightAxes(**{axis: PlainAxis(name=axis, size=size) for axis, size in axes.items()}),
-        whole_bytes=weights.everywhere,
-        policy=sizes.get("sharding_policy", "regather"),
-        micro_batches=1,
-    )
-    traffic.add(
-        feature_traffic(
-            hyper,
-            RankRows.of(batch.graph),
-            graph=PlainAxis(name="graph", size=grid.graph),
-            tensor=PlainAxis(name="tensor", size=grid.tensor),
-        )
-    )
-    return {"calls": dict(traffic.calls), "wire_bytes": dict(traffic.wire_bytes)}
-
-
-def _micro_batch(hyper: ModelConfig, structures: int, folder: Path, *, parts: int, part: int) -> MicroBatch:
-    """The first structures of the data, as a rank of a graph axis has them."""
-    import ase.io
-
-    from tools.bench.fake_ranks import micro_batch
-
-    frames = ase.io.read(folder / "train.xyz", index=f":{structures}")
-    return micro_batch(frames, hyper, num_parts=parts, part=part)
+    ranks = _on_two_processors("alone", {"layout": layout, "folder": str(folder), **sizes})
+    return ranks[0] | {"computing_s": _median_of_slower(ranks)}
 
 
 # A rank ---------------------------------------------------------------------------------------------------------------
@@ -205,48 +133,32 @@ def _micro_batch(hyper: ModelConfig, structures: int, folder: Path, *, parts: in
 def _work(verb: str, task: dict[str, Any]) -> dict[str, Any]:
     cpus = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cpus[int(os.environ["RANK"]) % len(cpus)]})
-    return _times_of_primitives(task) if verb == "primitives" else _times_of_computing(task)
+    return _times_of_primitives(task) if verb == "primitives" else _step_alone(task)
 
 
-def _times_of_computing(task: dict[str, Any]) -> dict[str, Any]:
+def _step_alone(task: dict[str, Any]) -> dict[str, Any]:
+    import ase.io
     import torch
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from janus.mesh import open_mesh
-    from janus.optim import AdamWConfig, Schedule
-    from janus.training.learner import Learner
     from janus.training.step import accumulate_gradients
-    from matris.config import LossConfig, ModelConfig
+    from matris.config import ModelConfig
     from matris.graph.batch import LabelTotals
-    from matris.model import MatRIS
-    from matris.task import MatRISTask
-    from tools.bench.parallel import LAYOUTS
+    from matris.layouts import parse_layout
+    from tools.bench.fake_ranks import by_formula, micro_batch, task_and_learner
 
     torch.set_num_threads(1)
-    sizes, hyper = LAYOUTS[task["layout"]], ModelConfig(num_layers=task["layers"], hidden_size=task["width"])
+    layout, hyper = parse_layout(task["layout"]), ModelConfig(num_layers=task["layers"], hidden_size=task["width"])
     dist.init_process_group("fake", store=FakeStore(), rank=int(os.environ["RANK"]), world_size=2)
-    with open_mesh(
-        "cpu",
-        watched=False,
-        shard=sizes.get("fully_sharded_size", 1),
-        graph=sizes.get("context_parallel_size", 1),
-        tensor=sizes.get("tensor_model_parallel_size", 1),
-    ) as mesh:
-        model = MatRIS(hyper, seed=1, mesh=mesh)
-        learner = Learner(
-            model,
-            AdamWConfig(),
-            Schedule(lr=1e-3, num_steps=1),
-            ema_decay=0.999,
-            clip_grad=1.0,
-            mesh=mesh,
-            units=model.sharding_units(),
-            policy=sizes.get("sharding_policy", "regather"),
-        )
+    with open_mesh("cpu", watched=False, shard=layout.shard, graph=layout.graph, tensor=layout.tensor) as mesh:
+        learned, learner = task_and_learner(hyper, mesh, layout.policy)
         structures = 2 * task["structures"]
-        own = structures // (mesh.data.size * mesh.shard.size)
-        batch = _micro_batch(hyper, own, Path(task["folder"]), parts=mesh.graph.size, part=mesh.graph.rank)
+        frames = ase.io.read(
+            f"{task['folder']}/train.xyz", index=f":{structures // (mesh.data.size * mesh.shard.size)}"
+        )
+        batch = micro_batch(frames, hyper, num_parts=mesh.graph.size, part=mesh.graph.rank)
         totals = LabelTotals(
             energy_structures=structures,
             forces_structures=structures,
@@ -254,7 +166,6 @@ def _times_of_computing(task: dict[str, Any]) -> dict[str, Any]:
             stress_structures=structures,
             magmoms_atoms=0.0,
         )
-        learned = MatRISTask(model, LossConfig(), ("default",))
         times = []
         for _ in range(1 + task["steps"]):
             start = time.perf_counter()
@@ -264,7 +175,8 @@ def _times_of_computing(task: dict[str, Any]) -> dict[str, Any]:
             learner.clip()
             learner.update()
             times.append(time.perf_counter() - start)
-    return {"times_s": times[1:]}
+        traffic = by_formula(hyper, mesh, layout.policy, batch.graph, micro_batches=1)
+    return {"times_s": times[1:], "calls": dict(traffic.calls), "wire_bytes": dict(traffic.wire_bytes)}
 
 
 def _times_of_primitives(task: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import resource
 import shutil
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,8 @@ import torch
 
 from janus.checkpoint import CheckpointError, read_directory
 from janus.mesh import Mesh
-from matris import budget
+from janus.training.memory import allocator_in_use
+from matris import budget, model
 from matris.cost import Counts
 from matris.data.dataset import MicroBatch
 from matris.memory import step_memory
@@ -21,7 +25,7 @@ from matris.run import run_training
 from matris.setup import Setup, build_setup
 from matris.train_config import DataConfig, TrainConfig
 from tests.matris.live_bytes import LiveBytes
-from tests.matris.train.labelled import settings, write_files
+from tests.matris.train.labelled import TINY, settings, write_files
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +38,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config(folder: Path, memory_gb: float | None) -> TrainConfig:
     data = {"budget": "auto", "memory_gb": memory_gb, "global_batch_size": 24, "valid": [], "valid_fraction": 0.0}
     return settings(folder, data=data, training={"recompute": "all", "train_iters": 1, "output": str(folder / "run")})
+
+
+def memory_for(tensors: float) -> float:
+    """GB of a process in which a micro-batch, weights and all that belongs to them may take so many bytes."""
+    return (budget.LIBRARIES + allocator_in_use().overhead * tensors / budget.USED) / 1e9
 
 
 def micro_batches(setup: Setup) -> list[MicroBatch]:
@@ -57,7 +66,7 @@ def test_micro_batches_use_the_memory_and_no_more(folder: Path) -> None:
     (whole,) = micro_batches(one)
     weights = 5 * sum(value.nbytes for value in one.model.parameters())
     room = predicted(one, whole) / 2.5
-    setup = build_setup(config(folder, (room + weights) / 0.9 / 1e9), Mesh())
+    setup = build_setup(config(folder, memory_for(room + weights)), Mesh())
     parts = micro_batches(setup)
     assert len(parts) == 3
     assert sum(part.graph.num_atoms for part in parts) == whole.graph.num_atoms
@@ -69,10 +78,31 @@ def test_micro_batches_use_the_memory_and_no_more(folder: Path) -> None:
         assert bytes_.peak <= 1.1 * room
 
 
+def test_a_run_stays_within_its_memory(folder: Path) -> None:
+    """The whole process, with the allocator that it happens to have."""
+    memory_gb = 2.0
+    of_run = config(folder, memory_gb)
+    wide = replace(TINY, num_layers=3, hidden_size=64, pairwise_cutoff=6.0, three_body_cutoff=5.0)
+    training = replace(of_run.training, train_iters=2, output=str(folder / "within"))
+    of_run = replace(of_run, model=wide, training=training)
+    setup = build_setup(of_run, Mesh())
+    assert len(micro_batches(setup)) > 2
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        peak = pool.submit(_peak_of_run, of_run).result(timeout=300.0)
+    assert 0.6 * memory_gb < peak / 1e9 <= memory_gb
+
+
+def _peak_of_run(of_run: TrainConfig) -> int:
+    """Bytes."""
+    assert run_training(of_run) == 0
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def test_the_run_says_what_it_chose(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_training(replace(config(folder, 2.0), dry_run=True)) == 0
+    assert run_training(replace(config(folder, memory_for(1.8e9)), dry_run=True)) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("micro-batch")]
     assert "at most 1.8 GB by prediction (auto), as of " in line
+    assert f"{allocator_in_use().name} counted as" in line
 
 
 def test_too_large_structures_are_named_before_the_first_step(folder: Path) -> None:
@@ -82,7 +112,7 @@ def test_too_large_structures_are_named_before_the_first_step(folder: Path) -> N
     weights = 5 * sum(value.nbytes for value in setup.model.parameters())
     room = float(np.sort(needed)[-3:].mean())  # less than the largest needs
     with pytest.raises(ValueError, match="need more memory on their own") as refused:
-        build_setup(config(folder, (room + weights) / 0.9 / 1e9), Mesh())
+        build_setup(config(folder, memory_for(room + weights)), Mesh())
     text = str(refused.value)
     assert setup.datasets.train.identifier(int(needed.argmax())) in text
     assert setup.datasets.train.identifier(int(needed.argmin())) not in text
@@ -92,7 +122,7 @@ def test_too_large_structures_are_named_before_the_first_step(folder: Path) -> N
 def test_refused_settings(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"data.budget is auto on CPU.*data.memory_gb"):
         build_setup(config(folder, None), Mesh())
-    with pytest.raises(ValueError, match="nothing is left for micro-batches"):
+    with pytest.raises(ValueError, match="leaves 0 GB for tensors, and nothing of it for micro-batches"):
         build_setup(config(folder, 1e-6), Mesh())
     with pytest.raises(ValueError, match=r"data.memory_gb is 2.0, but data.budget is given"):
         DataConfig(memory_gb=2.0)
@@ -140,13 +170,17 @@ def test_a_resumed_run_keeps_its_limit_though_other_memory_is_free(
     # What is kept decides on the bytes of each atom; then micro-batches are others anyway.
     assert "as at the start" not in go_on(folder / "other bytes", 2, 10.0 * free, recompute="none")
     assert checkpoint(folder / "other bytes", 2)[1]["batches"]["budget"]["available"] > 5.0 * chosen["available"]
-    assert "as at the start" not in go_on(folder / "told", 2, 0.9 * free, memory_gb=0.9 * free / 1e9)
+    assert "as at the start" not in go_on(
+        folder / "told", 2, 0.9 * free, memory_gb=memory_for(budget.USED * 0.9 * free)
+    )
     assert checkpoint(folder / "told", 2)[1]["batches"] is None
 
 
 def test_the_least_recomputation_with_which_the_largest_structure_fits(
-    folder: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(model, "RECOMPUTE_BYTES", 1 << 14)  # of structures as small as these some results reach it
+
     def built(memory_gb: float, policy: str) -> Setup:
         of_run = config(folder, memory_gb)
         assert of_run.model is not None
@@ -158,7 +192,8 @@ def test_the_least_recomputation_with_which_the_largest_structure_fits(
         setup = built(10.0, policy)
         room = setup.portions.budget.memory
         assert room is not None
-        return 10.0 - (room.available - float(room.of_records(setup.datasets.train.sizes).max())) / 0.9e9
+        spare = room.available - float(room.of_records(setup.datasets.train.sizes).max())
+        return 10.0 - memory_for(spare) + memory_for(0.0)
 
     def chosen(memory_gb: float) -> str:
         setup = built(memory_gb, "auto")
@@ -167,9 +202,9 @@ def test_the_least_recomputation_with_which_the_largest_structure_fits(
         return setup.model.recompute
 
     given = config(folder, 2.0)
-    for policy in ("selective", "all", "full"):
+    for policy in ("none", "selective", "all", "full"):
         assert chosen(least(policy) + 1e-6) == policy  # 1 kB more
     assert run_training(replace(given, training=replace(given.training, recompute="auto"), dry_run=True)) == 0
-    assert "; recompute selective" in capsys.readouterr().out
+    assert "; recompute none" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"data.memory_gb is None: what fits is known for data.budget auto with"):
         replace(config(folder, None), training=replace(given.training, recompute="auto"))
