@@ -83,7 +83,7 @@ def test_a_run_stays_within_its_memory(folder: Path) -> None:
     memory_gb = 2.0
     of_run = config(folder, memory_gb)
     wide = replace(TINY, num_layers=3, hidden_size=64, pairwise_cutoff=6.0, three_body_cutoff=5.0)
-    training = replace(of_run.training, train_iters=2, output=str(folder / "within"))
+    training = replace(of_run.training, train_iters=1, output=str(folder / "within"))
     of_run = replace(of_run, model=wide, training=training)
     setup = build_setup(of_run, Mesh())
     assert len(micro_batches(setup)) > 2
