@@ -13,6 +13,7 @@ from janus.checkpoint import CheckpointError
 from janus.comm.collectives import reduce_max
 from janus.data.packing import Budget, MemoryLimit
 from janus.mesh import Mesh
+from janus.ops.fused import kernels_in_use
 from janus.sharding.memory import weight_memory
 from janus.training.memory import allocator_in_use
 from matris.config import Precision
@@ -165,6 +166,8 @@ def _needs(model: MatRIS, policy: str, sizes: np.ndarray) -> _Needs:
         recompute_bytes=model.recompute_bytes,
         recompute_blocks=model.recompute_blocks,
         itemsize=8 if model.precision is Precision.fp64 else 4,
+        bf16=model.precision is Precision.bf16_mixed,
+        kernels=kernels_in_use(),
     )
     return _Needs(policy=policy, unit=unit, largest=float((sizes @ np.array(unit.per_unit)).max()))
 

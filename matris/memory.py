@@ -12,8 +12,10 @@ A tensor axis divides most of it, which is not counted, and neither is what a ra
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+from janus.ops.fused import Kernels
 from matris.config import ModelConfig
 from matris.cost import Counts
 
@@ -89,6 +91,9 @@ _BLOCKS_MADE_AGAIN_WITH_EXPERTS = Rows(
     undirected=Held(block=5.3, once=138.1, expert_block=5.4),
     angle=Held(block=0.6, once=57.8),
 )
+_SHARES = {"bf16-mixed": (0.85, 0.93, 0.9), "native": (0.92, 0.9, 0.79), "released form": (0.95, 1.0, 1.0)}
+"""Of the above: with products in bf16, with native kernels, and with attention that is not smooth, each without
+recomputation, with it, and of whole blocks."""
 _BATCH_BYTES = Rows(
     atom=Held(block=0.0, numbers=40.0), undirected=Held(block=0.0, numbers=104.0), angle=Held(block=0.0, numbers=40.0)
 )
@@ -114,6 +119,10 @@ class UnitBytes:
         """Of an atom, a directed edge and an angle."""
         return self.atom, self.edge, self.angle
 
+    def scaled(self, factor: float) -> UnitBytes:
+        """So many times each."""
+        return UnitBytes(**{name: factor * value for name, value in vars(self).items()})
+
 
 def step_memory(
     config: ModelConfig,
@@ -122,6 +131,8 @@ def step_memory(
     recompute_bytes: int | None,
     recompute_blocks: bool = False,
     itemsize: int = 4,
+    bf16: bool = False,
+    kernels: Kernels = "torch",
 ) -> float:
     """Bytes at the peak of a training step with forces and stress, micro-batch included, weights and gradients not.
 
@@ -129,25 +140,35 @@ def step_memory(
         recompute_bytes: as `MatRIS.recompute_bytes`; results that reach it are made again.
         recompute_blocks: as `MatRIS.recompute_blocks`; then results of any size are made again.
         itemsize: of the features' numbers.
+        bf16: whether products are formed in bf16, of features in fp32.
+        kernels: that run; those of Triton count as torch's.
     """
+    share = _share(config, recompute_bytes, recompute_blocks, bf16=bf16, kernels=kernels)
     if recompute_blocks:
         unit = _unit_bytes_of_blocks(config, itemsize)
-        return counts.atoms * unit.atom + 2 * counts.undirected * unit.edge + counts.angles * unit.angle
+        return share * (counts.atoms * unit.atom + 2 * counts.undirected * unit.edge + counts.angles * unit.angle)
     rows = {"atom": counts.atoms, "undirected": counts.undirected, "angle": counts.angles}
     total = 0.0
     for kind, number in rows.items():
         results = [number * _result_bytes(config, kind, of_experts, itemsize) for of_experts in (False, True)]
         common, of_experts = (recompute_bytes is not None and result >= recompute_bytes for result in results)
         total += number * _row_bytes(config, kind, (common, of_experts), itemsize)
-    return total
+    return share * total
 
 
 def unit_bytes(
-    config: ModelConfig, *, recompute_bytes: int | None, recompute_blocks: bool = False, itemsize: int = 4
+    config: ModelConfig,
+    *,
+    recompute_bytes: int | None,
+    recompute_blocks: bool = False,
+    itemsize: int = 4,
+    bf16: bool = False,
+    kernels: Kernels = "torch",
 ) -> UnitBytes:
     """A linear bound of `step_memory`, equal but for the constant where micro-batches are large in every count."""
+    share = _share(config, recompute_bytes, recompute_blocks, bf16=bf16, kernels=kernels)
     if recompute_blocks:
-        return _unit_bytes_of_blocks(config, itemsize)
+        return _unit_bytes_of_blocks(config, itemsize).scaled(share)
     constant, of_row = 0.0, {}
     again = recompute_bytes is not None
     for kind in ("atom", "undirected", "angle"):
@@ -157,7 +178,16 @@ def unit_bytes(
             assert recompute_bytes is not None
             rows = recompute_bytes / max(_result_bytes(config, kind, bool(number), itemsize), 1.0)
             constant += rows * max(0.0, _row_bytes(config, kind, kept_too, itemsize) - of_row[kind])
-    return UnitBytes(constant=constant, atom=of_row["atom"], edge=of_row["undirected"] / 2.0, angle=of_row["angle"])
+    unit = UnitBytes(constant=constant, atom=of_row["atom"], edge=of_row["undirected"] / 2.0, angle=of_row["angle"])
+    return unit.scaled(share)
+
+
+def _share(
+    config: ModelConfig, recompute_bytes: int | None, recompute_blocks: bool, *, bf16: bool, kernels: Kernels
+) -> float:
+    policy = 2 if recompute_blocks else 0 if recompute_bytes is None else 1
+    ways = {"bf16-mixed": bf16, "native": kernels == "native", "released form": not config.smooth_attention}
+    return math.prod(_SHARES[way][policy] for way, chosen in ways.items() if chosen)
 
 
 def _unit_bytes_of_blocks(config: ModelConfig, itemsize: int) -> UnitBytes:

@@ -32,6 +32,7 @@ from janus.sharding.logical import split_of
 from janus.sharding.memory import COPIES, WeightSizes
 from janus.sharding.traffic import UnitSize, WeightAxes, weight_traffic
 from matris.budget import USED
+from matris.config import Precision
 from matris.cost import Counts, Derivatives, Part, PerPass, bytes_by_part, flops_by_part, update_bytes
 from matris.layouts import Layout
 from matris.memory import step_memory
@@ -203,6 +204,7 @@ class Planner:
                 _counts(self._rows(micro_batch, graph), with_borrowed=True),
                 recompute_bytes={"none": None, "selective": RECOMPUTE_BYTES}.get(policy, 0),
                 recompute_blocks=policy == "full",
+                bf16=self.job.precision is Precision.bf16_mixed,
             ),
         )
 

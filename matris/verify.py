@@ -12,6 +12,7 @@ from torch import Tensor
 
 from janus.comm.collectives import broadcast_object, gather_objects
 from janus.mesh import ElsewhereError, Launch, Mesh, open_mesh
+from janus.ops.fused import using_kernels
 from janus.training.step import accumulate_gradients, train_step
 from matris.config import LossConfig
 from matris.data.dataset import MicroBatch
@@ -82,7 +83,8 @@ class Row:
 def verify(config: TrainConfig, layouts: Sequence[Layout], launch: Launch, *, floor: float = FLOOR) -> Iterator[Row]:
     """Compares each layout with one process; the ranks must have been joined, and all of them call it.
 
-    Rank 0 computes alone first, while the others wait.
+    Rank 0 computes alone first, with the kernels of torch, while the others wait; the layouts run with those of the
+    settings.
 
     Args:
         floor: see `largest_error`.
@@ -102,8 +104,10 @@ def verify(config: TrainConfig, layouts: Sequence[Layout], launch: Launch, *, fl
             launch=launch,
         ) as mesh:
             if reference is None:
-                reference = _on_first_rank(alone, mesh)
-            found = measure(replace(config, parallel=layout.applied(config.parallel)), mesh)
+                with using_kernels("torch", mesh.device):
+                    reference = _on_first_rank(alone, mesh)
+            with using_kernels(config.training.kernels, mesh.device):
+                found = measure(replace(config, parallel=layout.applied(config.parallel)), mesh)
             yield Row(
                 layout=layout,
                 errors=compare(found, reference, floor),

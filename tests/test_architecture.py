@@ -70,7 +70,7 @@ LEVELS = {
     ),
 }
 RAW_DISTRIBUTED = ("janus/comm/", "janus/mesh.py", "janus/checkpoint/")
-ENVIRONMENT = ("janus/mesh.py", "matris/cli/__init__.py")
+ENVIRONMENT = ("janus/mesh.py", "janus/training/memory.py", "matris/cli/__init__.py")
 LIGHT = (
     "janus",
     "matris.units",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -47,6 +48,17 @@ def use_kernels(kernels: Kernels, device: torch.device) -> None:
     if kernels == "triton":
         _check_triton(device)
     _Chosen.kernels = kernels
+
+
+@contextmanager
+def using_kernels(kernels: Kernels, device: torch.device) -> Iterator[None]:
+    """`use_kernels` inside, and the choice of before afterwards."""
+    before = _Chosen.kernels
+    use_kernels(kernels, device)
+    try:
+        yield
+    finally:
+        _Chosen.kernels = before
 
 
 def kernels_in_use() -> Kernels:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from janus.ops.demand import wants_gradient
-from janus.ops.product import linear
+from janus.ops.product import convert, linear
 
 
 def grouped_linear(rows: Tensor, weight: Tensor, counts: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
@@ -33,7 +33,7 @@ def grouped_linear(rows: Tensor, weight: Tensor, counts: Tensor, *, dtype: torch
         return torch.cat([linear(part, matrix, dtype=dtype) for part, matrix in parts])
     offsets = counts.cumsum(0).to(torch.int32)
     if operand is not rows.dtype:
-        return _ConvertedProduct.apply(rows.to(operand), weight, offsets, False).to(rows.dtype)
+        return convert(_ConvertedProduct.apply(convert(rows, operand), weight, offsets, False), rows.dtype)
     return functional.grouped_mm(rows, weight.transpose(1, 2), offs=offsets)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from janus.ops.demand import wants_gradient
+from janus.ops.recompute import recomputable
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
@@ -24,8 +26,24 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, dtype: torc
     """
     if dtype is None or dtype == x.dtype:
         return functional.linear(x, weight, bias)
-    product = _ConvertedProduct.apply(x.to(dtype), weight, False).to(x.dtype)
+    product = convert(_ConvertedProduct.apply(convert(x, dtype), weight, False), x.dtype)
     return product if bias is None else product + bias
+
+
+def convert(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in another number format, made again in backward passes where that is asked for, and so are its derivatives."""
+    return recomputable(_Converted.apply(x, dtype), partial(Tensor.to, dtype=dtype), x)
+
+
+class _Converted(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.dtype = x.dtype
+        return x.to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return convert(grad, ctx.dtype), None
 
 
 class _ConvertedProduct(torch.autograd.Function):

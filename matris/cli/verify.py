@@ -69,6 +69,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--precision", choices=["fp64", "fp32"], default="fp64", help="allowed are errors of 1e-10 and 1e-4"
     )
     parser.add_argument(
+        "--kernels",
+        choices=["torch", "compiled", "native", "triton"],
+        default="torch",
+        help="of the layouts, as `training.kernels`; the one process has those of torch (with dp1 the kernels alone)",
+    )
+    parser.add_argument(
         "--device",
         choices=["auto", "cpu", "cuda"],
         default="auto",
@@ -153,7 +159,9 @@ def _config(options: argparse.Namespace, device: Literal["auto", "cpu", "cuda"],
             global_batch_size=options.batch_size,
             reference_energies="fit",
         ),
-        training=TrainingConfig(train_iters=NUM_STEPS, precision=options.precision, device=device),
+        training=TrainingConfig(
+            train_iters=NUM_STEPS, precision=options.precision, device=device, kernels=options.kernels
+        ),
         # Clips, and moves the weights far enough to see errors; a gradient that cancels to rounding moves nothing.
         optim=OptimConfig(lr=1e-2, lr_decay_style="constant", clip_grad=0.5, ema_decay=0.9, adam_eps=1e-4),
         loss=LossConfig(

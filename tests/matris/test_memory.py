@@ -8,7 +8,8 @@ import pytest
 import torch
 from ase.build import bulk, molecule
 
-from matris.config import ModelConfig, Precision
+from janus.ops.fused import using_kernels
+from matris.config import ModelConfig, NormType, Precision
 from matris.cost import Counts
 from matris.graph.batch import GraphBatch
 from matris.memory import _BATCH_BYTES, step_memory, unit_bytes
@@ -87,6 +88,28 @@ def test_only_large_results_are_made_again(kind: str) -> None:
     model.recompute_bytes = limit
     predicted = step_memory(config, counts_of(batch), recompute_bytes=limit)
     assert predicted == pytest.approx(counted(model, batch), rel=0.15)
+
+
+@pytest.mark.parametrize("way", ["native", "bf16-mixed", "native bf16-mixed", "released form", "RMS norm"])
+@pytest.mark.parametrize("policy", ["none", "all", "full"])
+def test_other_ways_of_computing(way: str, policy: str) -> None:
+    others = {"released form": {"smooth_attention": False}, "RMS norm": {"norm_type": NormType.rms}}
+    config = replace(DENSE, num_layers=4, hidden_size=96, **others.get(way, {}))
+    bf16, kernels = "bf16-mixed" in way, "native" if "native" in way else "torch"
+    model = MatRIS(config, precision=Precision.bf16_mixed if bf16 else Precision.fp32, seed=0)
+    model.readout.magmom.requires_grad_(False)
+    model.set_recompute(policy)
+    batch = batch_of(*(rattled(frame) for frame in (bulk("Si", cubic=True), bulk("Cu", cubic=True))), config=config)
+    predicted = step_memory(
+        config,
+        counts_of(batch),
+        recompute_bytes=model.recompute_bytes,
+        recompute_blocks=policy == "full",
+        bf16=bf16,
+        kernels=kernels,
+    )
+    with using_kernels(kernels, torch.device("cpu")):
+        assert predicted == pytest.approx(counted(model, batch), rel=0.1)
 
 
 def test_double_precision() -> None:

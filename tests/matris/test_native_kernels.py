@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from ase.build import bulk, molecule
 from torch import Tensor
 
-from janus.ops.fused import use_kernels
+from janus.ops.fused import using_kernels
 from matris.config import ModelConfig, NormType, Precision
 from matris.model import MatRIS
 from tests.matris.structures import batch_of, rattled
@@ -23,12 +22,6 @@ CONFIGS = {
     "RMS norm": replace(DENSE, norm_type=NormType.rms),
     "experts": replace(DENSE, num_moe_experts=4, moe_router_topk=2, moe_ffn_hidden_size=16, kv_channels=8),
 }
-
-
-@pytest.fixture(autouse=True)
-def plain_afterwards() -> Iterator[None]:
-    yield
-    use_kernels("torch", CPU)
 
 
 def everything(config: ModelConfig, recompute: str) -> dict[str, Tensor]:
@@ -52,10 +45,9 @@ def everything(config: ModelConfig, recompute: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize("recompute", ["none", "all", "full"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_all_derivatives(name: str, recompute: str) -> None:
-    use_kernels("torch", CPU)
     expected = everything(CONFIGS[name], "none")
-    use_kernels("native", CPU)
-    found = everything(CONFIGS[name], recompute)
+    with using_kernels("native", CPU):
+        found = everything(CONFIGS[name], recompute)
     assert found.keys() == expected.keys()
     for key, plain in expected.items():
         allowed = 1e-10 * max(plain.abs().max().item(), 1e-2)

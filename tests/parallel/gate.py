@@ -70,9 +70,9 @@ def gate_config(folder: Path, data: str, precision: str = "fp64", kind: str = "d
 
     Args:
         kind: `dense`, or `experts`: a model with experts, and no clipping, so that sharded blocks are updated during
-            the backward pass; `-full` behind it for full recomputation.
+            the backward pass; `-full` behind it for full recomputation, `-native` for kernels in C++.
     """
-    kind, _, recompute = kind.partition("-")
+    kind, _, way = kind.partition("-")
     experts = kind == "experts"
     return TrainConfig(
         data=DataConfig(
@@ -87,7 +87,8 @@ def gate_config(folder: Path, data: str, precision: str = "fp64", kind: str = "d
             precision=precision,
             device="cpu",
             output=str(folder / "run"),
-            recompute=recompute or "all",
+            recompute="full" if way == "full" else "all",
+            kernels="native" if way == "native" else "torch",
         ),
         optim=OptimConfig(
             lr=1e-2, lr_decay_style="constant", clip_grad=0.0 if experts else 0.5, ema_decay=0.9, adam_eps=1e-4

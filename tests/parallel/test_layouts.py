@@ -57,12 +57,17 @@ def test_experts_may_be_anywhere(folder: Path, world_size: int) -> None:
 
 
 @pytest.mark.slow
-def test_full_recomputation_under_layouts(folder: Path) -> None:
-    for world_size, layouts, kind in (
+@pytest.mark.parametrize(
+    ("world_size", "layouts", "kind"),
+    [
         (4, ["fsdp2xgp2", "fsdp2-keepxtp2"], "dense-full"),
         (2, ["ep2-homexgp2"], "experts-full"),
-    ):
-        runs = [("mixed", "fp64", kind)]
-        for rows in run_ranks(world_size, run_gate, folder, layouts, runs, with_mesh=False, timeout=600.0):
-            assert len(rows) == len(layouts)
-            assert not [row for row in rows if not row.passed]
+        (4, ["fsdp2xgp2", "gp2xtp2"], "dense-native"),
+        (2, ["ep2xgp2", "ep2-homexfsdp2"], "experts-native"),
+    ],
+)
+def test_recomputation_and_kernels_under_layouts(folder: Path, world_size: int, layouts: list[str], kind: str) -> None:
+    runs = [("mixed", "fp64", kind)]
+    for rows in run_ranks(world_size, run_gate, folder, layouts, runs, with_mesh=False, timeout=600.0):
+        assert len(rows) == len(layouts)
+        assert not [row for row in rows if not row.passed]

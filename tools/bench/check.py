@@ -3,11 +3,11 @@
     python -m tools.bench.check                 # make bench-check: compares with tools/bench/baseline.json
     python -m tools.bench.check --update        # makes this machine's numbers the baseline
 
-Small models, dense and with experts, take steps of energies, forces, stress and the second backward pass, fp32, on one
-CPU thread. Counted are FLOPs of matrix products, operations of torch, and bytes: taken from the allocator in all, at
-most at once, and after the force pass. A time is that of a step over that of a matrix product of fixed size, which runs
-before and after it. Counts depend on torch's version, times on the processor: what cannot be compared with the baseline
-is said, and not compared.
+Small models, dense and with experts, some with native kernels or full recomputation, take steps of energies, forces,
+stress and the second backward pass, fp32, on one CPU thread. Counted are FLOPs of matrix products, operations of torch,
+and bytes: taken from the allocator in all, at most at once, and after the force pass. A time is that of a step over
+that of a matrix product of fixed size, which runs before and after it. Counts depend on torch's version, times on the
+processor: what cannot be compared with the baseline is said, and not compared.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from ase.build import bulk
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from janus.ops.fused import Kernels, using_kernels
 from matris.config import ModelConfig
 from matris.graph.batch import GraphBatch, collate_graphs
 from matris.graph.build import build_graph
@@ -39,15 +40,34 @@ BASELINE = Path(__file__).resolve().parent / "baseline.json"
 _DENSE = ModelConfig(
     num_layers=3, hidden_size=64, readout_hidden_sizes=(64,), pairwise_cutoff=5.0, three_body_cutoff=4.0
 )
+_EXPERTS = replace(_DENSE, num_elements=118, num_moe_experts=8, moe_router_topk=2, moe_ffn_hidden_size=64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What takes a step.
+
+    Attributes:
+        config: of the model.
+        cells: of rock salt along each axis, 8 atoms each.
+        kernels, recompute: as in `training`.
+    """
+
+    config: ModelConfig = _DENSE
+    cells: int = 2
+    kernels: Kernels = "torch"
+    recompute: str = "selective"
+
+
 CASES = {
-    "dense, 8 atoms": (_DENSE, 1),
-    "dense, 64 atoms": (_DENSE, 2),
-    "experts, 64 atoms": (
-        replace(_DENSE, num_elements=118, num_moe_experts=8, moe_router_topk=2, moe_ffn_hidden_size=64),
-        2,
-    ),
+    "dense, 8 atoms": Case(cells=1),
+    "dense, 64 atoms": Case(),
+    "experts, 64 atoms": Case(config=_EXPERTS),
+    "dense, 64 atoms, native": Case(kernels="native"),
+    "experts, 64 atoms, native": Case(config=_EXPERTS, kernels="native"),
+    "dense, 64 atoms, full": Case(recompute="full"),
 }
-"""Model, and cells of rock salt along each axis, by name."""
+"""By name."""
 _PEAK = "bytes_at_most"
 _PEAK_MARGIN = 0.01
 """The profiler's clock does not tell the order of all events."""
@@ -80,12 +100,13 @@ def measure(rounds: int) -> dict[str, Any]:
     """Counts and time ratios of all cases, with what they depend on."""
     torch.set_num_threads(1)
     cases: dict[str, Any] = {}
-    for name, (config, cells) in CASES.items():
-        step, forces = _step(config, cells)
-        step()  # what is made once
-        cases[name] = {"counts": _counts(step, forces)} | (
-            {"step_over_control": _ratio(step, rounds)} if rounds else {}
-        )
+    for name, case in CASES.items():
+        step, forces = _step(case)
+        with using_kernels(case.kernels, torch.device("cpu")):
+            step()  # what is made once
+            cases[name] = {"counts": _counts(step, forces)} | (
+                {"step_over_control": _ratio(step, rounds)} if rounds else {}
+            )
     return {"machine": machine(), "versions": versions(), "cases": cases}
 
 
@@ -130,9 +151,10 @@ def compare(found: dict[str, Any], baseline: dict[str, Any], margin: float) -> t
     return worse, lines
 
 
-def _step(config: ModelConfig, cells: int) -> tuple[Callable[[], None], Callable[[], Prediction]]:
+def _step(case: Case) -> tuple[Callable[[], None], Callable[[], Prediction]]:
     """A step without an update, and its part up to the force pass."""
-    model, batch = MatRIS(config, seed=0), _batch(config, cells)
+    model, batch = MatRIS(case.config, seed=0), _batch(case.config, case.cells)
+    model.set_recompute(case.recompute)
 
     def forces() -> Prediction:
         return model(batch, create_graph=True)
