@@ -3,35 +3,14 @@
 import pytest
 import torch
 from ase.build import bulk
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from janus.ops import recompute
 from matris.config import ModelConfig
 from matris.model import MatRIS
 from tests.matris.structures import TINY, batch_of, rattled
+from tools.bench.products import count_flops
 
 CONFIG = ModelConfig(**{**vars(TINY), "hidden_size": 32})
-
-
-class Products(TorchDispatchMode):
-    """Counts FLOPs as torch's FlopCounterMode does, whose hooks on modules forbid derivatives inside of a pass."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.flops = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if (formula := flop_registry.get(function.overloadpacket)) is not None:
-            self.flops += formula(*args, **(kwargs or {}), out_val=result)
-        return result
-
-
-def count(function) -> int:
-    with Products() as products:
-        function()
-    return products.flops
 
 
 def test_a_step_costs_six_forward_passes():
@@ -52,11 +31,11 @@ def test_a_step_costs_six_forward_passes():
         loss = prediction.energy.sum() + prediction.forces.square().sum() + prediction.stress.square().sum()
         loss.backward()
 
-    one = count(forward)
-    assert 1.95 <= count(forces) / one <= 2.0
-    assert 5.8 <= count(step) / one <= 6.05
+    one = count_flops(forward)
+    assert 1.95 <= count_flops(forces) / one <= 2.0
+    assert 5.8 <= count_flops(step) / one <= 6.05
     model.set_recompute("full")  # of blocks 1, 2, 3 and 6 forward passes, in place of 1, 1, 2 and 2
-    assert 11.0 <= count(step) / one <= 12.05
+    assert 11.0 <= count_flops(step) / one <= 12.05
 
 
 @pytest.mark.parametrize("num_layers", [2, 3])

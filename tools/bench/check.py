@@ -26,7 +26,6 @@ from typing import Any
 import torch
 from ase.build import bulk
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 
 from janus.ops.fused import Kernels, using_kernels
 from matris.config import ModelConfig
@@ -34,6 +33,7 @@ from matris.graph.batch import GraphBatch, collate_graphs
 from matris.graph.build import build_graph
 from matris.graph.structure import Structure
 from matris.model import MatRIS, Prediction
+from tools.bench.products import count_flops
 from tools.bench.report import machine, versions, write_report
 
 BASELINE = Path(__file__).resolve().parent / "baseline.json"
@@ -182,8 +182,7 @@ def _batch(config: ModelConfig, cells: int) -> GraphBatch:
 
 
 def _counts(step: Callable[[], None], forces: Callable[[], Prediction]) -> dict[str, int]:
-    with FlopCounterMode(display=False) as counter:
-        step()
+    flops = count_flops(step)
     gc.collect()
     gc.disable()  # what it frees, and when, is no property of the step
     try:
@@ -196,7 +195,7 @@ def _counts(step: Callable[[], None], forces: Callable[[], Prediction]) -> dict[
         held += change
         peak = max(peak, held)
     return {
-        "flops": counter.get_total_flops(),
+        "flops": flops,
         "operations": operations,
         "bytes_allocated": sum(change for change in changes if change > 0),
         _PEAK: peak,
