@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+from argparse import Namespace
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tools.bench import scaling
+from tests.parallel import ranks  # noqa: F401  # says what the server of all processes imports first
+from tools.bench import parallel, scaling, two_ranks
 from tools.bench.two_ranks import fit
 
 
@@ -40,3 +46,39 @@ def test_alpha_and_beta() -> None:
     alpha, beta = fit(sizes, [2e-9 * size * (1.0 + 1e-3 * index) for index, size in enumerate(sizes)])
     assert alpha >= 0.0
     assert beta == pytest.approx(2e-9, rel=0.01)
+
+
+def test_a_step_is_predicted_from_computation_and_messages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    machine = {"collectives": {"all_reduce": {"alpha_s": 0.01, "beta_s_per_byte": 1e-6}}}
+    alone = {
+        "times_s": [],
+        "computing_s": 2.0,
+        "calls": {"tensor/all_reduce": 5},
+        "wire_bytes": {"tensor/all_reduce": 1e5},
+    }
+    measured = {"control": 1.0, "tp2": 2.2}
+    monkeypatch.setattr(two_ranks, "_alone", lambda *_: alone)
+    monkeypatch.setattr(two_ranks, "_median", lambda name, *_: measured[name])
+    monkeypatch.setattr(parallel, "_write_data", lambda *_: None)
+    report = two_ranks.predict(Namespace(layouts=["tp2"], repeat=1, structures=1), machine)
+    found = report["layouts"]["tp2"]
+    assert found["predicted_s"] == pytest.approx(2.0 + 5 * 0.01 + 1e5 * 1e-6)
+    assert found["difference"] == pytest.approx(2.2 / found["predicted_s"] - 1.0)
+    assert report["control_s"] == report["control_again_s"] == 1.0
+
+
+@pytest.mark.parametrize("layout", ["fsdp2-keep", "tp2"])
+def test_a_rank_computes_without_the_other(tmp_path: Path, layout: str) -> None:
+    parallel._write_data(tmp_path / "train.xyz", 1, 2)
+    task = {"layout": layout, "folder": str(tmp_path), "layers": 1, "width": 8, "structures": 1, "steps": 2}
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("forkserver")) as pool:
+        found = pool.submit(_alone_as_rank_0, task).result(timeout=120.0)
+    assert len(found["times_s"]) == 2
+    axes = {key.split("/")[0] for key in found["calls"]}
+    assert ("tensor" if layout == "tp2" else "shard") in axes
+    assert all(found["wire_bytes"][key] > 0 for key in found["calls"])
+
+
+def _alone_as_rank_0(task: dict[str, Any]) -> dict[str, Any]:
+    os.environ["RANK"] = "0"
+    return two_ranks._step_alone(task)
