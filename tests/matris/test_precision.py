@@ -14,8 +14,9 @@ CONFIG = ModelConfig(**{**vars(TINY), "hidden_size": 64})
 BATCH = batch_of(rattled(bulk("NaCl", "rocksalt", a=5.2, cubic=True), 0.1), molecule("C2H6"), config=CONFIG)
 
 
-def outputs(precision: Precision) -> dict[str, torch.Tensor]:
+def outputs(precision: Precision, recompute: str = "selective") -> dict[str, torch.Tensor]:
     model = MatRIS(CONFIG, precision=precision, seed=0)
+    model.set_recompute(recompute)
     prediction = model(BATCH, create_graph=True)
     results = {
         "energy": prediction.interaction_energy,
@@ -33,6 +34,13 @@ def outputs(precision: Precision) -> dict[str, torch.Tensor]:
 def relative_errors(precision: Precision) -> dict[str, float]:
     exact, rounded = outputs(Precision.fp64), outputs(precision)
     return {name: float((rounded[name] - value).norm() / value.norm()) for name, value in exact.items()}
+
+
+@pytest.mark.parametrize("precision", [Precision.fp32, Precision.bf16_mixed])
+def test_recomputation_changes_no_bit(precision: Precision) -> None:
+    expected = outputs(precision, "none")
+    for name, value in outputs(precision, "all").items():
+        assert torch.equal(value, expected[name]), name
 
 
 def test_single_precision():
