@@ -190,3 +190,36 @@ def test_scripts_are_sound(script: Path) -> None:
     for check in checks:
         done = subprocess.run(check, capture_output=True, text=True, check=False, timeout=60)
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="GPUs have an allocator of their own")
+@pytest.mark.parametrize(
+    ("listed", "given", "chosen"),
+    [
+        ("\tlibtcmalloc_minimal.so.4 (libc6,x86-64) => {library}\n", {}, {"LD_PRELOAD": "{library}"}),
+        (
+            "\tlibc.so.6 (libc6) => /lib/libc.so.6\n",
+            {},
+            {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"},
+        ),
+        ("\tlibtcmalloc_minimal.so.4 (libc6,x86-64) => {library}\n", {"LD_PRELOAD": ""}, {"LD_PRELOAD": ""}),
+        ("", {"GLIBC_TUNABLES": "glibc.malloc.mxfast=8"}, {"GLIBC_TUNABLES": "glibc.malloc.mxfast=8"}),
+    ],
+)
+def test_allocator(tmp_path: Path, listed: str, given: dict[str, str], chosen: dict[str, str]) -> None:
+    library = "/nowhere/libtcmalloc_minimal.so.4"  # which the loader then does without, and says so
+    ldconfig = tmp_path / "ldconfig"
+    ldconfig.write_text(f"#!/bin/sh\nprintf '%s' '{listed.format(library=library)}'\n")
+    ldconfig.chmod(0o755)
+    done = subprocess.run(
+        ["bash", "-c", f"source {EXAMPLES / 'allocator.sh'}; env"],
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin"} | given,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    variables = dict(line.split("=", 1) for line in done.stdout.splitlines())
+    names = ("LD_PRELOAD", "GLIBC_TUNABLES")
+    assert {name: variables[name] for name in names if name in variables} == {
+        name: value.format(library=library) for name, value in chosen.items()
+    }
