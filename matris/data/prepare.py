@@ -14,7 +14,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -305,9 +305,11 @@ def _fingerprint(files: list[str], options: PrepareOptions, strict: bool) -> str
 def _exclusive(folder: Path, wait: bool) -> Iterator[Path]:
     """The folder, made if needed, for this process alone; the lock ends with the process, however it ends."""
     while True:
-        folder.mkdir(exist_ok=True)
+        # Not with `exist_ok`, which raises where the process before removes the folder while it looks again.
+        with suppress(FileExistsError):
+            folder.mkdir()
         try:
-            descriptor = os.open(folder, os.O_RDONLY)
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         except FileNotFoundError:  # the process before removed it in between
             continue
         try:

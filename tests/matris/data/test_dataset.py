@@ -1,6 +1,7 @@
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import ase.io
 import numpy as np
@@ -64,6 +65,20 @@ print(len(data), data.sizes.sum())
     assert len(answers) == 1
     assert answers.pop().startswith("48 ")
     assert len(list((tmp_path / "c").iterdir())) == 1
+
+
+def test_a_process_that_ends_just_now_is_no_error(demo, tmp_path, monkeypatch):
+    """It removes the folder between the attempt to make it and the next look at it."""
+    mkdir, answers = Path.mkdir, [FileExistsError]
+
+    def racing(self, *arguments, **options):
+        if self.name.endswith(".parts") and answers:
+            raise answers.pop()
+        mkdir(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", racing)
+    assert prepare([str(demo.train)], tmp_path / "a.h5", PrepareOptions()).num_frames == 48
+    assert not answers
 
 
 def test_sizes_are_recounted_for_other_cutoffs(demo, tmp_path):
