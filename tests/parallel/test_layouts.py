@@ -16,8 +16,7 @@ RUNS = {
 }
 LAYOUTS = {
     2: "dp2 fsdp2 fsdp2-keep gp2 tp2",
-    4: "dp4 gp4 tp4 fsdp4 fsdp4-keep dp2xfsdp2 dp2xfsdp2-keep dp2xgp2 dp2xtp2 fsdp2xgp2 fsdp2-keepxgp2 fsdp2xtp2 "
-    "fsdp2-keepxtp2 gp2xtp2",
+    4: "dp4 gp4 tp4 fsdp4 fsdp4-keep dp2xfsdp2 fsdp2xgp2 fsdp2xtp2 gp2xtp2",  # the other pairs are in those of 8
     8: "dp2xfsdp2-keepxgp2 dp2xfsdp2xtp2 dp2xgp2xtp2 fsdp2xgp2xtp2 fsdp2-keepxgp2xtp2",
 }
 EXPERT_LAYOUTS = {
@@ -50,7 +49,7 @@ def test_experts_may_be_anywhere(folder: Path, world_size: int) -> None:
     names = EXPERT_LAYOUTS[world_size].split()
     runs = [("mixed", "fp64", "experts")]
     if world_size == 2:
-        runs += [("mixed", "fp32", "experts"), ("molecules", "fp64", "experts")]
+        runs.append(("molecules", "fp64", "experts"))
     for rows in run_ranks(world_size, run_gate, folder, names, runs, with_mesh=False, timeout=600.0):
         assert len(rows) == len(names) * len(runs)
         assert not [row for row in rows if not row.passed]

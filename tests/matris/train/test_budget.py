@@ -80,9 +80,9 @@ def test_micro_batches_use_the_memory_and_no_more(folder: Path) -> None:
 
 def test_a_run_stays_within_its_memory(folder: Path) -> None:
     """The whole process, with the allocator that it happens to have."""
-    memory_gb = 2.0
+    memory_gb = 1.6
     of_run = config(folder, memory_gb)
-    wide = replace(TINY, num_layers=3, hidden_size=64, pairwise_cutoff=6.0, three_body_cutoff=5.0)
+    wide = replace(TINY, num_layers=2, hidden_size=64, pairwise_cutoff=6.0, three_body_cutoff=5.0)
     training = replace(of_run.training, train_iters=1, output=str(folder / "within"))
     of_run = replace(of_run, model=wide, training=training)
     setup = build_setup(of_run, Mesh())
