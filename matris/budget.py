@@ -22,8 +22,9 @@ from matris.model import MatRIS
 
 USED = 0.9
 """Of the memory: the rest is for what the prediction misses, and for what a GPU's allocator loses between blocks."""
-LIBRARIES = 0.5e9
-"""Bytes of a process on CPU before it has weights or data."""
+LIBRARIES = 0.65e9
+"""Bytes of a process on CPU without weights and micro-batches: 0.5e9 when it has imported all, and what logs,
+evaluation and checkpoints need."""
 _USED_LATER = 0.95
 """What a resumed run may need of it for micro-batches as large as before: free memory is never the same twice."""
 _SHARED = 0.7
@@ -125,19 +126,23 @@ def memory_room(
     of_rank = -reduce_max(-own, mesh)
     together = 1.0 if mesh.graph.size == 1 else _SHARED * mesh.graph.size
     policies = ("none", "selective", "all", "full")[: 4 if model.can_recompute_blocks else 3]
-    found = [_needs(model, policy, sizes) for policy in (policies if recompute == "auto" else (recompute,))]
-    room = [together * (USED * of_rank - needed - needs.unit.constant) - needs.largest for needs in found]
+    for_batches = USED * of_rank - needed
+    if for_batches <= 0.0:
+        taken = f", {LIBRARIES / 1e9:g} GB of libraries taken off," if mesh.device.type == "cpu" else ""
+        raise ValueError(
+            f"data.budget is auto: the memory of each rank{taken} leaves {max(0.0, of_rank) / 1e9:.3g} GB for tensors, "
+            f"and nothing of it for micro-batches beside {needed / 1e9:.3g} GB of weights, gradients and optimizer "
+            "state: share the weights over more ranks (parallel.fully_sharded_size), or give more memory"
+        )
+    found = [
+        _needs(model, policy, sizes, together * for_batches)
+        for policy in (policies if recompute == "auto" else (recompute,))
+    ]
+    room = [together * (for_batches - needs.unit.constant) - needs.largest for needs in found]
     chosen = next((needs for needs, left in zip(found, room, strict=True) if left >= 0.0), found[int(np.argmax(room))])
     model.set_recompute(chosen.policy)
     unit, largest = chosen.unit, chosen.largest
-    available = USED * of_rank - needed - unit.constant
-    if available <= 0.0:
-        raise ValueError(
-            f"data.budget is auto: the memory of each rank leaves {max(0.0, of_rank) / 1e9:.3g} GB for tensors, and "
-            f"nothing of it for micro-batches beside {needed / 1e9:.3g} GB of weights, gradients and optimizer state"
-            f"{f' and {unit.constant / 1e9:.3g} GB of small results' if unit.constant else ''}: share the weights over "
-            "more ranks (parallel.fully_sharded_size), or give more memory"
-        )
+    available = for_batches - unit.constant
     ranks = max(2, math.ceil(largest / (_SHARED * available)))
     keep_less = "" if chosen.policy == "full" else "keep less (training.recompute full), or "
     advice = (
@@ -159,16 +164,27 @@ class _Needs:
     largest: float
 
 
-def _needs(model: MatRIS, policy: str, sizes: np.ndarray) -> _Needs:
+def _needs(model: MatRIS, policy: str, sizes: np.ndarray, available: float) -> _Needs:
+    """
+    Args:
+        available: for a micro-batch and the constant of its bytes.
+    """
     model.set_recompute(policy)
-    unit = unit_bytes(
-        model.hyper,
-        recompute_bytes=model.recompute_bytes,
-        recompute_blocks=model.recompute_blocks,
-        itemsize=8 if model.precision is Precision.fp64 else 4,
-        bf16=model.precision is Precision.bf16_mixed,
-        kernels=kernels_in_use(),
-    )
+
+    def line(recompute_bytes: int | None) -> UnitBytes:
+        return unit_bytes(
+            model.hyper,
+            recompute_bytes=recompute_bytes,
+            recompute_blocks=model.recompute_blocks,
+            itemsize=8 if model.precision is Precision.fp64 else 4,
+            bf16=model.precision is Precision.bf16_mixed,
+            kernels=kernels_in_use(),
+        )
+
+    # Small results are kept, so small micro-batches need no more than if all were.
+    lines = [line(model.recompute_bytes)] + ([line(None)] if model.recompute_bytes else [])
+    mean = sizes.mean(axis=0)
+    unit = max(lines, key=lambda unit: (available - unit.constant) / float(mean @ np.array(unit.per_unit)))
     return _Needs(policy=policy, unit=unit, largest=float((sizes @ np.array(unit.per_unit)).max()))
 
 

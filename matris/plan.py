@@ -16,9 +16,9 @@ machine's peaks, and has four parts:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -94,8 +94,7 @@ class Planner:
         own = self._own(grid)
         key = ("fitting", own, grid.shard, grid.graph, grid.tensor, grid.expert, layout.policy, layout.placement)
         micro_batch, recompute, memory = self._once(key, lambda: self._fitting(filled, own))
-        micro_batches = -(-own // micro_batch)
-        return self._timed(filled, grid, recompute, memory, micro_batch, micro_batches)
+        return self._timed(filled, grid, recompute, memory, micro_batch)
 
     def least_seconds(self, layout: Layout) -> float:
         """Less than the sum of the pessimistic and the optimistic time of a step: computation, and features over the
@@ -175,7 +174,8 @@ class Planner:
                 least, memory = middle, found
             else:
                 most = middle - 1
-        return least, policy, memory
+        even = -(-own // -(-own // least))  # as many micro-batches, of like size
+        return even, policy, memory if even == least else self._memory(layout, even, policy)
 
     def _memory(self, layout: Layout, micro_batch: int, policy: Recompute) -> MemoryUse:
         weights = self._sizes(layout).memory(
@@ -205,27 +205,27 @@ class Planner:
                 recompute_bytes={"none": None, "selective": RECOMPUTE_BYTES}.get(policy, 0),
                 recompute_blocks=policy == "full",
                 bf16=self.job.precision is Precision.bf16_mixed,
+                kernels=self.job.kernels,
             ),
         )
 
     # Time ------------------------------------------------------------------------------------------------------------
 
     def _timed(
-        self, layout: Layout, grid: Grid, recompute: Recompute, memory: MemoryUse, micro_batch: int, micro_batches: int
+        self, layout: Layout, grid: Grid, recompute: Recompute, memory: MemoryUse, micro_batch: int
     ) -> Prediction:
         job = self.job
         where = places(grid, job.devices_per_node)
-        blocking, hidden = self._traffic(layout, grid, micro_batch, micro_batches)
         own, mean = self._own(grid), job.global_batch / (grid.data * grid.shard)
-        # The last micro-batch of a rank may be smaller than the others.
-        share = own / (micro_batch * micro_batches)
-        work = self._work(micro_batch, layout.graph, layout.tensor, recompute)
+        sizes = [micro_batch] * (own // micro_batch) + ([rest] if (rest := own % micro_batch) else [])
+        blocking, hidden = self._traffic(layout, grid, sizes)
+        works = [self._work(size, layout.graph, layout.tensor, recompute) for size in sizes]
         num_updated = memory.weights / (COPIES * _ITEMSIZE)
         times = []
         for optimistic in (False, True):
             times.append(
                 self._step_time(
-                    share * micro_batches * work.seconds(job, optimistic=optimistic),
+                    sum(work.seconds(job, optimistic=optimistic) for work in works),
                     update_bytes(int(num_updated)),
                     (blocking, hidden),
                     where,
@@ -233,7 +233,7 @@ class Planner:
                 )
             )
         low, high = times
-        flops = mean / own * share * micro_batches * work.flops
+        flops = mean / own * sum(work.flops for work in works)
         peak = job.machine.flops_per_s(FORMATS[job.precision][0])
         efficiencies = [(mean / own * time.computation / job.imbalance + time.update) / time.step for time in times]
         traffic = Traffic()
@@ -242,7 +242,7 @@ class Planner:
         return Prediction(
             layout=layout,
             micro_batch=micro_batch,
-            micro_batches=micro_batches,
+            micro_batches=len(sizes),
             recompute=recompute,
             memory=memory,
             flops=flops,
@@ -307,22 +307,23 @@ class Planner:
 
     # Traffic ---------------------------------------------------------------------------------------------------------
 
-    def _traffic(self, layout: Layout, grid: Grid, micro_batch: int, micro_batches: int) -> tuple[Traffic, Traffic]:
-        """Of a step: that which nothing hides, and that which computation may."""
-        features = self._features(micro_batch, layout)
-        weights = self._once(
-            ("weight traffic", grid, layout.policy, layout.placement, micro_batches),
-            lambda: self._weight_traffic(layout, grid, micro_batches),
+    def _traffic(self, layout: Layout, grid: Grid, sizes: Sequence[int]) -> tuple[Traffic, Traffic]:
+        """Of a step with such micro-batches: that which nothing hides, and that which computation may."""
+        blocking, gathered = Traffic(), Traffic()
+        blocking.add(
+            self._once(
+                ("weight traffic", grid, layout.policy, layout.placement, len(sizes)),
+                lambda: self._weight_traffic(layout, grid, len(sizes)),
+            )
         )
-        tokens, experts = self._once(
-            ("experts", micro_batch, layout.graph, layout.tensor, layout.expert, layout.policy, layout.placement),
-            lambda: self._expert_traffic(layout, micro_batch),
-        )
-        blocking = Traffic()
-        for traffic, times in ((features, micro_batches), (weights, 1), (tokens, micro_batches)):
-            blocking.add(traffic, times)
+        for size in sizes:
+            key = ("experts", size, layout.graph, layout.tensor, layout.expert, layout.policy, layout.placement)
+            tokens, experts = self._once(key, partial(self._expert_traffic, layout, size))
+            blocking.add(self._features(size, layout))
+            blocking.add(tokens)
+            gathered.add(experts)
         hidden = blocking.of(_HIDDEN)
-        hidden.add(experts, micro_batches)
+        hidden.add(gathered)
         return blocking.of(blocking.calls.keys() - set(_HIDDEN)), hidden
 
     def _features(self, micro_batch: int, layout: Layout) -> Traffic:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from janus.comm.traffic import Traffic
 from janus.machine import Band, Machine
+from janus.ops.fused import Kernels
 from matris.config import ModelConfig, Precision
 from matris.layouts import Layout
 from matris.workload import Workload
@@ -21,7 +23,9 @@ NOT_MODELLED = (
     "the input pipeline, evaluation, checkpoints and logs",
     "launches of kernels: small micro-batches are slower on GPUs than predicted",
     "element-wise operations beyond writing and reading once what backward passes keep",
-    "fragmentation of memory beyond the tenth that is left free, and memory that a tensor axis saves in activations",
+    "fragmentation of memory beyond the tenth that is left free (on CPUs much more, with the libraries: "
+    "docs/training.md), and memory that a tensor axis saves in activations",
+    "what kernels other than torch's save in time",
     "plans of sharded experts on real tokens: either all tokens travel or all weights do, whichever is less",
     "rows that graph ranks borrow, beyond an estimate for structures of even density",
 )
@@ -56,6 +60,7 @@ class Job:
         micro_batch: structures that the ranks with the same structures take at once; None for as many as fit.
         precision: fp32, tf32 or bf16-mixed.
         recompute: None for the policy with the least work that fits.
+        kernels: that the run takes; they decide on memory alone.
         imbalance: largest load of a rank over the mean load.
     """
 
@@ -68,6 +73,7 @@ class Job:
     micro_batch: int | None = None
     precision: Precision = Precision.fp32
     recompute: Recompute | None = None
+    kernels: Kernels = "torch"
     imbalance: float = 1.0
 
     def __post_init__(self) -> None:
@@ -80,8 +86,8 @@ class Job:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}: it must be at least 1")
-        if not self.imbalance >= 1.0:
-            raise ValueError(f"imbalance is {self.imbalance}: the largest load over the mean is at least 1")
+        if not 1.0 <= self.imbalance < math.inf:
+            raise ValueError(f"imbalance is {self.imbalance}: the largest load over the mean is a number of at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -192,7 +192,9 @@ def test_scripts_are_sound(script: Path) -> None:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="GPUs have an allocator of their own")
+@pytest.mark.skipif(
+    Path("/dev/nvidia0").exists() or Path("/dev/kfd").exists(), reason="GPUs have an allocator of their own"
+)
 @pytest.mark.parametrize(
     ("listed", "given", "chosen"),
     [
@@ -203,16 +205,17 @@ def test_scripts_are_sound(script: Path) -> None:
             {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"},
         ),
         ("\tlibtcmalloc_minimal.so.4 (libc6,x86-64) => {library}\n", {"LD_PRELOAD": ""}, {"LD_PRELOAD": ""}),
+        ("", {}, {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"}),
         ("", {"GLIBC_TUNABLES": "glibc.malloc.mxfast=8"}, {"GLIBC_TUNABLES": "glibc.malloc.mxfast=8"}),
     ],
 )
 def test_allocator(tmp_path: Path, listed: str, given: dict[str, str], chosen: dict[str, str]) -> None:
     library = "/nowhere/libtcmalloc_minimal.so.4"  # which the loader then does without, and says so
     ldconfig = tmp_path / "ldconfig"
-    ldconfig.write_text(f"#!/bin/sh\nprintf '%s' '{listed.format(library=library)}'\n")
+    ldconfig.write_text(f"#!/bin/sh\nprintf '%s' '{listed.format(library=library)}'\nseq 100000; exit 127\n")
     ldconfig.chmod(0o755)
     done = subprocess.run(
-        ["bash", "-c", f"source {EXAMPLES / 'allocator.sh'}; env"],
+        ["bash", "-c", f"set -euo pipefail; source {EXAMPLES / 'allocator.sh'}; env"],
         env={"PATH": f"{tmp_path}:/usr/bin:/bin"} | given,
         capture_output=True,
         text=True,

@@ -86,6 +86,8 @@ def main(arguments: list[str]) -> int:
         parser.error("--data has sizes of its own: leave out --atoms, --edges and --angles")
     machine = load_machine(options.machine)
     if options.output is not None:
+        if not options.output.parent.is_dir():
+            raise ValueError(f"--output {options.output}: there is no directory {options.output.parent}; make it first")
         check_writable(options.output.parent)
     config = None if options.config is None else _read(options.config)
     if config is None:
@@ -117,6 +119,7 @@ def main(arguments: list[str]) -> int:
         micro_batch=options.micro_batch,
         precision=Precision(options.precision or ("fp32" if config is None else config.training.precision)),
         recompute=_recompute(options, config),
+        kernels="torch" if config is None else config.training.kernels,
         imbalance=options.imbalance,
     )
     found = search(job, keep=options.best or _BEST) if options.search else None

@@ -49,7 +49,7 @@ def test_table_of_kernels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert kernels.main(words.split()) == 0
     found = json.loads(output.read_text())
     for facts in found["functions"].values():
-        assert facts["bytes"] % (48 * 16 * 4) == 0
+        assert facts["bytes"] % (48 * 4) == 0
         assert facts["median_s"].keys() == {"torch", "native"}
         assert min(facts["median_s"].values()) > 0.0
     # Two operands are read and one is written, and each is 48 rows of 16.

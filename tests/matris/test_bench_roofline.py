@@ -71,7 +71,11 @@ def test_structures_without_labels_have_no_force_pass(tmp_path: Path, tiny: None
 
 
 def test_bad_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for words, message in (("--steps 0", "--steps is 0"), (f"--output {tmp_path}/none/a.json", "no directory")):
+    for words, message in (
+        ("--steps 0", "--steps: 0 is less than 1"),
+        ("--structures 4", "belongs to --data"),
+        (f"--output {tmp_path}/none/a.json", "no directory"),
+    ):
         with pytest.raises(SystemExit):
             roofline.main(words.split())
         assert message in capsys.readouterr().err

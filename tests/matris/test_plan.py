@@ -23,7 +23,7 @@ from matris.layouts import Layout, parse_layout
 from matris.memory import step_memory
 from matris.model import MatRIS
 from matris.plan import Planner
-from matris.plan_job import NOT_MODELLED, POLICIES, Job, NoPlanError
+from matris.plan_job import NOT_MODELLED, POLICIES, Job, NoPlanError, Prediction
 from matris.plan_search import SLOWER, candidates, divisors, search
 from matris.presets import PRESETS
 from matris.setup import check_ranks
@@ -184,8 +184,24 @@ def test_micro_batches_fill_the_memory() -> None:
     one = Planner(job(ranks=1, global_batch=1, recompute="none")).predict(Layout()).memory
     room = one.weights + 5.5 * one.activations
     found = Planner(job(ranks=1, recompute="none", machine=small_memory(room / 0.9e9))).predict(Layout())
-    assert (found.micro_batch, found.micro_batches) == (5, 4)
+    assert (found.micro_batch, found.micro_batches) == (4, 4)  # 16 structures in as many as with 5 at once, but even
     assert found.memory.total <= found.memory.available
+
+
+def test_a_smaller_last_micro_batch_sends_less() -> None:
+    """3 + 3 + 1 structures: tokens and features of 7, weights of 3 micro-batches."""
+
+    def planned(structures: int, micro_batch: int) -> Prediction:
+        wanted = job(ranks=2, global_batch=structures, micro_batch=micro_batch, recompute="none")
+        return Planner(wanted).predict(parse_layout("gp2"))
+
+    three, one, found = planned(3, 3), planned(1, 1), planned(7, 3)
+    assert (found.micro_batch, found.micro_batches) == (3, 3)
+    halo = [key for key in found.traffic.bytes if key.startswith("graph/") and "all_to_all" in key]
+    assert halo
+    for key in halo:
+        assert found.traffic.bytes[key] == 2 * three.traffic.bytes[key] + one.traffic.bytes[key]
+    assert found.flops == pytest.approx(2 * three.flops + one.flops)
 
 
 @pytest.mark.parametrize(

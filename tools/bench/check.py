@@ -34,7 +34,7 @@ from matris.graph.build import build_graph
 from matris.graph.structure import Structure
 from matris.model import MatRIS, Prediction
 from tools.bench.products import count_flops
-from tools.bench.report import machine, versions, write_report
+from tools.bench.report import at_least, machine, run, versions, writable_file, write_report
 
 BASELINE = Path(__file__).resolve().parent / "baseline.json"
 _DENSE = ModelConfig(
@@ -77,12 +77,12 @@ _CONTROL = 768
 
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--baseline", type=Path, default=BASELINE, help="JSON file to compare with")
+    parser.add_argument("--baseline", type=writable_file, default=BASELINE, help="JSON file to compare with")
     parser.add_argument("--update", action="store_true", help="write it anew")
     parser.add_argument(
         "--margin", type=float, default=0.15, help="by how much a time ratio may grow, as a share of it"
     )
-    parser.add_argument("--rounds", type=int, default=7, help="timed steps of each case; 0 times nothing")
+    parser.add_argument("--rounds", type=at_least(0), default=7, help="timed steps of each case; 0 times nothing")
     options = parser.parse_args(words)
     if not options.update and not options.baseline.is_file():
         parser.error(f"--baseline {options.baseline} does not exist: make it with --update")
@@ -232,4 +232,4 @@ def _seconds(function: Callable[[], Any]) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

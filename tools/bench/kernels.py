@@ -1,10 +1,11 @@
-"""Each fused function against the plain chain of torch operations: time, and bytes that it has to move.
+"""The innermost functions of a step, value and derivatives, under choices of `training.kernels`: time and bytes.
 
     python -m tools.bench.kernels --kernels torch compiled native --output kernels.json
 
 Times are medians of calls in turn (A B C, A B C, ...) in one process, beside a copy of one tensor as the control. The
-bytes are what a kernel cannot avoid, each input read and each result written once (docs/decisions/derivatives.md); over
-the time they give a bandwidth, to compare with the control's.
+bytes are what a kernel cannot avoid, each input read and each result written once (docs/decisions/derivatives.md);
+over the time they give a bandwidth, to compare with the control's. `torch` is the plain form that the others stand for,
+which tests compare with autograd's; where there is no kernel of a kind, it runs in its place.
 """
 
 from __future__ import annotations
@@ -22,30 +23,30 @@ from torch import Tensor
 
 warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
 
-from janus.ops import attention, gated_norm, segment, silu  # noqa: E402
+from janus.ops import attention, expansion, gated_norm, segment, silu  # noqa: E402
 from janus.ops.fused import Kernels, use_kernels  # noqa: E402
 from janus.ops.rowwise import map_rows  # noqa: E402
 from janus.training.memory import keep_freed_memory  # noqa: E402
-from tools.bench.report import add_output, write_report  # noqa: E402
+from tools.bench.report import add_output, at_least, run, write_report  # noqa: E402
 
 LAYER = {"eps": 1e-5, "center": True}
 Call = Callable[[], Any]
+_FREQUENCIES = 7
 
 
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=19584, help="edges or angles")
-    parser.add_argument("--nodes", type=int, default=1024, help="of which rows are gathered")
-    parser.add_argument("--width", type=int, default=128, help="channels")
+    parser.add_argument("--rows", type=at_least(1), default=19584, help="edges or angles")
+    parser.add_argument("--nodes", type=at_least(1), default=1024, help="of which rows are gathered")
+    parser.add_argument("--width", type=at_least(1), default=128, help="channels")
     parser.add_argument("--kernels", nargs="+", choices=("torch", "compiled", "native", "triton"), default=["torch"])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--calls", type=int, default=20, help="timed calls of each")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--calls", type=at_least(1), default=20, help="timed calls of each")
+    parser.add_argument("--threads", type=at_least(1), default=2, help="CPU threads")
     add_output(parser)
     options = parser.parse_args(words)
-    for name in ("rows", "nodes", "width", "calls", "threads"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} is {getattr(options, name)}: it must be at least 1")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here")
     for kernels in options.kernels:
         try:
             use_kernels(kernels, torch.device(options.device))
@@ -126,6 +127,13 @@ def _functions(options: argparse.Namespace, device: torch.device) -> dict[str, t
         of_nodes = [rand(nodes, width) for _ in range(4)] if order else [nodes, nodes]
         return lambda: function(*tensors, *index, *of_nodes, cap=cap)
 
+    # Lengths of edges, cosines of angles, with so many frequencies as models have.
+    waves, positive = rand(_FREQUENCIES), rand(rows).abs() + 0.5
+    radial = {"cutoff": 6.0, "exponent": 8}
+    cosines, series = rand(rows).tanh(), 2 * _FREQUENCIES + 1
+    of_wave, of_series, along = rand(rows, _FREQUENCIES), rand(rows, series), rand(rows)
+    fixed = {"of_frequencies": False}
+
     return {
         "gated layer norm, value": (normed(gated_norm._value, 0, 0), 3),
         "gated layer norm, first derivative": (normed(gated_norm._first_derivative, 1, 0, affine=False), 5),
@@ -139,6 +147,19 @@ def _functions(options: argparse.Namespace, device: torch.device) -> dict[str, t
         "SiLU of halves, second derivative": (by_rows(silu._second_derivative, halves), 10),
         "gathered sum of own rows and two kinds of nodes": (lambda: segment._gathered_sum(*gathered), 2),
         "segment sum": (lambda: segment._sum_rows(gathered[0], index[1], nodes), 1),
+        "Bessel expansion, value": (
+            lambda: expansion._bessel_value(positive, waves, **radial),
+            (1 + _FREQUENCIES) / width,
+        ),
+        "Bessel expansion, second derivative": (
+            lambda: expansion._bessel_second_derivative(positive, waves, of_wave, along, **radial, **fixed),
+            (3 + 2 * _FREQUENCIES) / width,
+        ),
+        "Fourier series, value": (lambda: expansion._fourier_value(cosines, waves), (1 + series) / width),
+        "Fourier series, second derivative": (
+            lambda: expansion._fourier_second_derivative(cosines, waves, of_series, along, **fixed),
+            (3 + 2 * series) / width,
+        ),
     }
 
 
@@ -160,4 +181,4 @@ def _table(report: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

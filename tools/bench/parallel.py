@@ -24,7 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tools.bench.report import add_output, write_report
+from tools.bench.report import add_output, at_least, run, write_report
 
 LAYOUTS = ("dp2", "fsdp2", "fsdp2-keep", "gp2", "tp2")
 EXPERT_LAYOUTS = ("ep2", "ep2-home")
@@ -38,15 +38,17 @@ def main(words: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--experts",
-        type=int,
+        type=at_least(0),
         default=0,
         help="of each site, two for a token; atoms are of all elements then",
     )
-    parser.add_argument("--layers", type=int, default=3, help="interaction blocks")
-    parser.add_argument("--width", type=int, default=64, help="feature width")
-    parser.add_argument("--repeat", type=int, default=2, help="silicon cells along each axis (8 n^3 atoms a structure)")
-    parser.add_argument("--structures", type=int, default=2, help="structures per process and step")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps of each run, after one that is not")
+    parser.add_argument("--layers", type=at_least(1), default=3, help="interaction blocks")
+    parser.add_argument("--width", type=at_least(1), default=64, help="feature width")
+    parser.add_argument(
+        "--repeat", type=at_least(1), default=2, help="silicon cells along each axis (8 n^3 atoms a structure)"
+    )
+    parser.add_argument("--structures", type=at_least(1), default=2, help="structures per process and step")
+    parser.add_argument("--steps", type=at_least(1), default=5, help="timed steps of each run, after one that is not")
     add_output(parser)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args(words)
@@ -209,4 +211,4 @@ def _table(report: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -6,6 +6,8 @@ import argparse
 import json
 import os
 import platform
+import sys
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,26 @@ PACKAGES = ("torch", "numpy", "ase", "h5py", "megatron-core")
 def add_output(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
     """The option `--output`, refused before the work where its directory is missing."""
     parser.add_argument("--output", type=writable_file, required=required, metavar="PATH", help="JSON file to write")
+
+
+def at_least(smallest: int) -> Callable[[str], int]:
+    """For a number on the command line."""
+
+    def number(word: str) -> int:
+        if (value := int(word)) < smallest:
+            raise argparse.ArgumentTypeError(f"{word} is less than {smallest}")
+        return value
+
+    return number
+
+
+def run(main: Callable[[], int]) -> int:
+    """Exit status of a benchmark; a user's mistake is told in a line."""
+    try:
+        return main()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 def write_report(path: Path | None, report: dict[str, Any]) -> None:

@@ -52,7 +52,7 @@ from matris.loss import force_matching_loss
 from matris.model import RECOMPUTE_BYTES, MatRIS
 from matris.precision import set_precision
 from matris.presets import PRESETS
-from tools.bench.report import add_output, write_report
+from tools.bench.report import add_output, at_least, run, write_report
 from tools.bench.report import machine as this_machine
 
 FORMATS: dict[str, tuple[Format, int]] = {
@@ -93,24 +93,25 @@ def parsed(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="m")
     parser.add_argument("--precision", choices=FORMATS, default="fp32")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--cells", type=int, default=2, help="of rock salt along each axis, 8 n^3 atoms")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--cells", type=at_least(1), default=2, help="of rock salt along each axis, 8 n^3 atoms")
     parser.add_argument("--data", nargs="+", help="structures in place of rock salt")
-    parser.add_argument("--structures", type=int, default=8, help="of the data, for each rank")
+    parser.add_argument("--structures", type=at_least(1), help="of the data, for each rank (default: 8)")
     parser.add_argument("--cache_dir")
     parser.add_argument("--recompute", choices=("none", "selective", "all", "full"), default="selective")
     parser.add_argument("--kernels", choices=("torch", "compiled", "native", "triton"), default="torch")
-    parser.add_argument("--threads", type=int, default=1, help="of a rank on CPU")
-    parser.add_argument("--ranks", type=int, default=1, help="processes that share the sum of the gradients")
-    parser.add_argument("--steps", type=int, default=5, help="timed ones, after one that is not")
-    parser.add_argument("--triad_mb", type=int, default=256, help="of each of three arrays")
-    parser.add_argument("--message_mb", type=int, default=64, help="of the collectives")
+    parser.add_argument("--threads", type=at_least(1), default=1, help="of a rank on CPU")
+    parser.add_argument("--ranks", type=at_least(1), default=1, help="processes that share the sum of the gradients")
+    parser.add_argument("--steps", type=at_least(1), default=5, help="timed ones, after one that is not")
+    parser.add_argument("--triad_mb", type=at_least(1), default=256, help="of each of three arrays")
+    parser.add_argument("--message_mb", type=at_least(1), default=64, help="of the collectives")
     add_output(parser)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(words)
-    for name in ("cells", "structures", "threads", "ranks", "steps", "triad_mb", "message_mb"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} is {getattr(options, name)}: at least 1 is needed")
+    for name in ("structures", "cache_dir"):
+        if options.data is None and getattr(options, name) is not None:
+            parser.error(f"--{name} belongs to --data: give that, or leave --{name} out")
+    options.structures = options.structures or 8
     return options
 
 
@@ -475,4 +476,4 @@ def _table(report: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -20,7 +20,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tools.bench.report import add_output, writable_file, write_report
+from matris.presets import PRESETS
+from tools.bench.report import add_output, at_least, run, writable_file, write_report
 
 LEDGER_LAYOUTS = (
     {},
@@ -42,11 +43,11 @@ def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
     ledger = verbs.add_parser("ledger", help="calls and bytes of one rank of very many")
-    ledger.add_argument("--ranks", type=int, nargs="+", default=list(LEDGER_RANKS))
+    ledger.add_argument("--ranks", type=at_least(1), nargs="+", default=list(LEDGER_RANKS))
     for name in ("primitives", "predict"):
         two = verbs.add_parser(name, help="two pinned ranks on this machine")
         two.add_argument("--largest_mb", type=float, default=16.0, help="of the messages")
-        two.add_argument("--repeats", type=int, default=15, help="of each measurement")
+        two.add_argument("--repeats", type=at_least(1), default=15, help="of each measurement")
     two = verbs.choices["predict"]
     two.add_argument("--layouts", nargs="+", choices=("dp2", "fsdp2", "fsdp2-keep", "gp2", "tp2"))
     for name, default, text in (
@@ -56,14 +57,16 @@ def main(words: list[str] | None = None) -> int:
         ("structures", 1, "for each process and step"),
         ("steps", 8, "timed steps of each run"),
     ):
-        two.add_argument(f"--{name}", type=int, default=default, help=text)
+        two.add_argument(f"--{name}", type=at_least(1), default=default, help=text)
     two.set_defaults(experts=0)
     project = verbs.add_parser("project", help="weak and strong scaling")
     project.add_argument("--machine", default="h100", help="as for janus-matris plan")
-    project.add_argument("--models", nargs="+", default=list(MODELS))
-    project.add_argument("--ranks", type=int, nargs="+", default=list(RANKS))
-    project.add_argument("--per_rank", type=int, default=4, help="structures of a rank, weak scaling")
-    project.add_argument("--strong_batch", type=int, default=8192, help="structures of all ranks, strong scaling")
+    project.add_argument("--models", nargs="+", choices=tuple(PRESETS), default=list(MODELS))
+    project.add_argument("--ranks", type=at_least(1), nargs="+", default=list(RANKS))
+    project.add_argument("--per_rank", type=at_least(1), default=4, help="structures of a rank, weak scaling")
+    project.add_argument(
+        "--strong_batch", type=at_least(1), default=8192, help="structures of all ranks, strong scaling"
+    )
     project.add_argument("--precision", choices=("fp32", "tf32", "bf16-mixed"), default="fp32")
     project.add_argument("--plot", type=writable_file, metavar="PATH", help="PNG to write")
     for verb in verbs.choices.values():
@@ -157,7 +160,6 @@ def _predict(options: argparse.Namespace) -> dict[str, Any]:
 def _project(options: argparse.Namespace) -> dict[str, Any]:
     from janus.machine import load_machine
     from matris.config import Precision
-    from matris.presets import PRESETS
 
     machine = load_machine(options.machine)
     common = {"machine": machine, "devices_per_node": machine.devices_per_node}
@@ -293,4 +295,4 @@ def _draw(report: dict[str, Any], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run(main))

@@ -65,7 +65,7 @@ def main() -> int:
     )
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["default"], help="of ours")
     parser.add_argument(
-        "--without_reference", action="store_true", help="time ours alone, where the reference is too large"
+        "--without_reference", action="store_true", help="time ours alone, with the reference's weights"
     )
     parser.add_argument("--layers", type=int, default=6, help="interaction blocks of the released-like model")
     parser.add_argument("--width", type=int, default=128, help="feature width")
