@@ -25,10 +25,11 @@ def job_lines(job: Job) -> list[str]:
 def prediction_lines(prediction: Prediction) -> list[str]:
     """All of one layout."""
     memory, low, high = prediction.memory, prediction.pessimistic, prediction.optimistic
+    together = prediction.layout.graph * prediction.layout.tensor
     lines = [
         f"layout             {prediction.layout.name}",
-        f"micro-batches      {prediction.micro_batches} of {prediction.micro_batch} structures for each "
-        f"{prediction.layout.graph * prediction.layout.tensor} ranks, recompute {prediction.recompute}",
+        f"micro-batches      {prediction.micro_batches} of {prediction.micro_batch} structures for "
+        f"{f'each {together} ranks together' if together > 1 else 'each rank'}, recompute {prediction.recompute}",
         f"memory per rank    {_GB(memory.total)} of {_GB(memory.available)} GB that may be used: "
         f"{_GB(memory.weights)} weights, gradients and optimizer, {_GB(memory.gathered + memory.experts)} gathered, "
         f"{_GB(memory.activations)} activations",
@@ -76,7 +77,8 @@ def search_lines(best: Sequence[Prediction], possible: int, dropped: Mapping[str
     widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
     table = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in (head, *rows)]
     reasons = [f"  {reason:<55} {count:>8,}" for reason, count in dropped.items()]
-    return [*(line.rstrip() for line in table), "", f"predicted {possible:,} layouts; not:", *reasons]
+    others = "not:" if reasons else "there are no others"
+    return [*(line.rstrip() for line in table), "", f"predicted {possible:,} layouts; {others}", *reasons]
 
 
 def missing_lines() -> list[str]:

@@ -459,7 +459,7 @@ def _table(report: dict[str, Any]) -> str:
         f"{rates}, {machine['bytes_per_s'] / 1e9:.3g} GB/s",
         *(f"{name}: {rate / 1e9:.3g} GB/s" for name, rate in machine["collectives_bytes_per_s"].items()),
         f"preset {report['preset']}, {report['precision']}, recompute {report['recompute']}"
-        f", kernels of {report['kernels']}, {report['parameters']} parameters; "
+        f", kernels {report['kernels']}, {report['parameters']} parameters; "
         f"on a rank {batch['atoms']} atoms, {batch['edges']} edges, "
         f"{batch['angles']} angles",
         "",
