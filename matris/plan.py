@@ -16,7 +16,7 @@ machine's peaks, and has four parts:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
@@ -217,15 +217,15 @@ class Planner:
         job = self.job
         where = places(grid, job.devices_per_node)
         own, mean = self._own(grid), job.global_batch / (grid.data * grid.shard)
-        sizes = [micro_batch] * (own // micro_batch) + ([rest] if (rest := own % micro_batch) else [])
+        sizes = {micro_batch: own // micro_batch} | ({rest: 1} if (rest := own % micro_batch) else {})
         blocking, hidden = self._traffic(layout, grid, sizes)
-        works = [self._work(size, layout.graph, layout.tensor, recompute) for size in sizes]
+        works = [(self._work(size, layout.graph, layout.tensor, recompute), count) for size, count in sizes.items()]
         num_updated = memory.weights / (COPIES * _ITEMSIZE)
         times = []
         for optimistic in (False, True):
             times.append(
                 self._step_time(
-                    sum(work.seconds(job, optimistic=optimistic) for work in works),
+                    sum(count * work.seconds(job, optimistic=optimistic) for work, count in works),
                     update_bytes(int(num_updated)),
                     (blocking, hidden),
                     where,
@@ -233,7 +233,7 @@ class Planner:
                 )
             )
         low, high = times
-        flops = mean / own * sum(work.flops for work in works)
+        flops = mean / own * sum(count * work.flops for work, count in works)
         peak = job.machine.flops_per_s(FORMATS[job.precision][0])
         efficiencies = [(mean / own * time.computation / job.imbalance + time.update) / time.step for time in times]
         traffic = Traffic()
@@ -242,7 +242,7 @@ class Planner:
         return Prediction(
             layout=layout,
             micro_batch=micro_batch,
-            micro_batches=len(sizes),
+            micro_batches=sum(sizes.values()),
             recompute=recompute,
             memory=memory,
             flops=flops,
@@ -307,21 +307,25 @@ class Planner:
 
     # Traffic ---------------------------------------------------------------------------------------------------------
 
-    def _traffic(self, layout: Layout, grid: Grid, sizes: Sequence[int]) -> tuple[Traffic, Traffic]:
-        """Of a step with such micro-batches: that which nothing hides, and that which computation may."""
-        blocking, gathered = Traffic(), Traffic()
+    def _traffic(self, layout: Layout, grid: Grid, sizes: Mapping[int, int]) -> tuple[Traffic, Traffic]:
+        """Of a step: that which nothing hides, and that which computation may.
+
+        Args:
+            sizes: number of micro-batches, by their structures.
+        """
+        blocking, gathered, micro_batches = Traffic(), Traffic(), sum(sizes.values())
         blocking.add(
             self._once(
-                ("weight traffic", grid, layout.policy, layout.placement, len(sizes)),
-                lambda: self._weight_traffic(layout, grid, len(sizes)),
+                ("weight traffic", grid, layout.policy, layout.placement, micro_batches),
+                lambda: self._weight_traffic(layout, grid, micro_batches),
             )
         )
-        for size in sizes:
+        for size, times in sizes.items():
             key = ("experts", size, layout.graph, layout.tensor, layout.expert, layout.policy, layout.placement)
             tokens, experts = self._once(key, partial(self._expert_traffic, layout, size))
-            blocking.add(self._features(size, layout))
-            blocking.add(tokens)
-            gathered.add(experts)
+            blocking.add(self._features(size, layout), times)
+            blocking.add(tokens, times)
+            gathered.add(experts, times)
         hidden = blocking.of(_HIDDEN)
         hidden.add(gathered)
         return blocking.of(blocking.calls.keys() - set(_HIDDEN)), hidden

@@ -14,7 +14,7 @@ from matris.layouts import Layout, parse_layout
 from matris.presets import PRESETS
 from matris.train_config import TrainConfig
 from matris.workload import Workload
-from matris.writable import check_writable
+from matris.writable import writable_file
 
 if TYPE_CHECKING:
     from matris.plan_job import Recompute
@@ -64,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--recompute", choices=_POLICIES, help="auto takes the policy with the least work that fits (default: auto)"
     )
     parser.add_argument("--imbalance", type=float, default=1.0, help="largest load of a rank over the mean load")
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="also write JSON")
+    parser.add_argument("--output", type=writable_file, metavar="FILE.json", help="also write JSON")
     return parser
 
 
@@ -85,10 +85,6 @@ def main(arguments: list[str]) -> int:
     if options.data and any(getattr(options, name) is not None for name in vars(DEFAULT_STRUCTURE)):
         parser.error("--data has sizes of its own: leave out --atoms, --edges and --angles")
     machine = load_machine(options.machine)
-    if options.output is not None:
-        if not options.output.parent.is_dir():
-            raise ValueError(f"--output {options.output}: there is no directory {options.output.parent}; make it first")
-        check_writable(options.output.parent)
     config = None if options.config is None else _read(options.config)
     if config is None:
         hyper = PRESETS[options.preset]

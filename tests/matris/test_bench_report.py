@@ -48,8 +48,9 @@ def test_table_of_kernels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     words = f"--rows 48 --nodes 6 --width 16 --kernels torch native --calls 2 --threads {threads} --output {output}"
     assert kernels.main(words.split()) == 0
     found = json.loads(output.read_text())
-    for facts in found["functions"].values():
-        assert facts["bytes"] % (48 * 4) == 0
+    for name, facts in found["functions"].items():
+        # Of lengths and cosines there are rows of other widths.
+        assert facts["bytes"] % (48 * 4 if name.startswith(("Bessel", "Fourier")) else 48 * 16 * 4) == 0
         assert facts["median_s"].keys() == {"torch", "native"}
         assert min(facts["median_s"].values()) > 0.0
     # Two operands are read and one is written, and each is 48 rows of 16.

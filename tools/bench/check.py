@@ -33,8 +33,9 @@ from matris.graph.batch import GraphBatch, collate_graphs
 from matris.graph.build import build_graph
 from matris.graph.structure import Structure
 from matris.model import MatRIS, Prediction
+from matris.writable import writable_file
 from tools.bench.products import count_flops
-from tools.bench.report import at_least, machine, run, versions, writable_file, write_report
+from tools.bench.report import at_least, machine, run, versions, write_report
 
 BASELINE = Path(__file__).resolve().parent / "baseline.json"
 _DENSE = ModelConfig(
@@ -77,7 +78,7 @@ _CONTROL = 768
 
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--baseline", type=writable_file, default=BASELINE, help="JSON file to compare with")
+    parser.add_argument("--baseline", type=Path, default=BASELINE, help="JSON file to compare with")
     parser.add_argument("--update", action="store_true", help="write it anew")
     parser.add_argument(
         "--margin", type=float, default=0.15, help="by how much a time ratio may grow, as a share of it"
@@ -86,6 +87,11 @@ def main(words: list[str] | None = None) -> int:
     options = parser.parse_args(words)
     if not options.update and not options.baseline.is_file():
         parser.error(f"--baseline {options.baseline} does not exist: make it with --update")
+    if options.update:
+        try:
+            writable_file(str(options.baseline))
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"--baseline {error}")
     found = measure(options.rounds)
     if options.update:
         write_report(options.baseline, found)

@@ -24,7 +24,7 @@ from torch import Tensor
 warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
 
 from janus.ops import attention, expansion, gated_norm, segment, silu  # noqa: E402
-from janus.ops.fused import Kernels, use_kernels  # noqa: E402
+from janus.ops.fused import Kernels, using_kernels  # noqa: E402
 from janus.ops.rowwise import map_rows  # noqa: E402
 from janus.training.memory import keep_freed_memory  # noqa: E402
 from tools.bench.report import add_output, at_least, run, write_report  # noqa: E402
@@ -49,7 +49,8 @@ def main(words: list[str] | None = None) -> int:
         parser.error("--device cuda: torch sees no GPU here")
     for kernels in options.kernels:
         try:
-            use_kernels(kernels, torch.device(options.device))
+            with using_kernels(kernels, torch.device(options.device)):
+                pass  # refused here, before any work
         except ValueError as error:
             parser.error(f"--kernels {kernels}: {error}")
     report = measure(options)
@@ -70,11 +71,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         for turn in range(options.calls + 2):
             copies.append(_time(control.clone, device))
             for kernels in options.kernels:
-                use_kernels(kernels, device)
-                second = _time(call, device)
+                with using_kernels(kernels, device):
+                    second = _time(call, device)
                 if turn > 1:  # the first calls compile and compare
                     times[kernels].append(second)
-        use_kernels("torch", device)
         moved = tensors * control.nbytes
         results[name] = {
             "bytes": moved,

@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from matris.writable import check_writable
+from matris.writable import writable_file
 
 PACKAGES = ("torch", "numpy", "ase", "h5py", "megatron-core")
 
@@ -63,17 +63,3 @@ def machine() -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Of Python and the packages that figures depend on."""
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
-
-
-def writable_file(word: str) -> Path:
-    """A path on the command line that a file can be written to."""
-    path = Path(word)
-    if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{word}: there is no directory {path.parent}; make it first")
-    if path.is_dir():
-        raise argparse.ArgumentTypeError(f"{word} is a directory: name a file to write")
-    try:
-        check_writable(path.parent)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return path

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from matris.presets import PRESETS
-from tools.bench.report import add_output, at_least, run, writable_file, write_report
+from matris.writable import writable_file
+from tools.bench.report import add_output, at_least, run, write_report
 
 LEDGER_LAYOUTS = (
     {},

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from janus.ops import silu
-from janus.ops.fused import use_kernels
+from janus.ops.fused import use_kernels, using_kernels
 from janus.ops.gated_norm import _first_derivative, _value
 
 CPU = torch.device("cpu")
@@ -20,9 +20,8 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def native() -> Iterator[None]:
-    use_kernels("native", CPU)
-    yield
-    use_kernels("torch", CPU)
+    with using_kernels("native", CPU):
+        yield
 
 
 @pytest.mark.parametrize("threads", ["1", "2"])

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from janus.ops import attention, expansion, gated_norm, segment, silu
-from janus.ops.fused import fusable, use_kernels
+from janus.ops.fused import fusable, using_kernels
 
 DEVICE = torch.device(os.environ["JANUS_TEST_DEVICE"])
 KERNELS = os.environ["JANUS_TEST_KERNELS"]
@@ -31,9 +31,8 @@ of_triton = pytest.mark.skipif(KERNELS != "triton", reason="about Triton's progr
 
 @pytest.fixture(autouse=True)
 def chosen_kernels() -> Iterator[None]:
-    use_kernels(KERNELS, DEVICE)
-    yield
-    use_kernels("torch", DEVICE)
+    with using_kernels(KERNELS, DEVICE):
+        yield
 
 
 def rand(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
