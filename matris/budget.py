@@ -12,6 +12,7 @@ import torch
 from janus.checkpoint import CheckpointError
 from janus.comm.collectives import reduce_max
 from janus.data.packing import Budget, MemoryLimit
+from janus.data.shared_rows import blocks
 from janus.mesh import Mesh
 from janus.ops.fused import kernels_in_use
 from janus.sharding.memory import weight_memory
@@ -185,7 +186,8 @@ def _needs(model: MatRIS, policy: str, sizes: np.ndarray, available: float) -> _
     lines = [line(model.recompute_bytes)] + ([line(None)] if model.recompute_bytes else [])
     mean = sizes.mean(axis=0)
     unit = max(lines, key=lambda unit: (available - unit.constant) / float(mean @ np.array(unit.per_unit)))
-    return _Needs(policy=policy, unit=unit, largest=float((sizes @ np.array(unit.per_unit)).max()))
+    largest = max(float((sizes[block] @ np.array(unit.per_unit)).max()) for block in blocks(len(sizes)))
+    return _Needs(policy=policy, unit=unit, largest=largest)
 
 
 def _given_bytes(device: torch.device, memory_gb: float) -> float:

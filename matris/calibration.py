@@ -93,7 +93,7 @@ def calibrate(
         what was found, in one line.
     """
     learner.broadcast()  # what is measured must not depend on weights that no training will have
-    totals = label_totals(dataset, np.arange(len(dataset)))
+    totals = label_totals(dataset)
     chosen = sample_batches(dataset.sizes[indices], cost.model, num_ranks=mesh.batch.size, budget=budget)
     seconds = []
     for positions in chosen:

@@ -84,7 +84,7 @@ def evaluation_source(dataset: StructureDataset, model: MatRIS, mesh: Mesh, port
         for step in loader:
             yield from step.micro_batches
 
-    return EvaluationSource(micro_batches=micro_batches, totals=label_totals(dataset, np.arange(len(dataset))))
+    return EvaluationSource(micro_batches=micro_batches, totals=label_totals(dataset))
 
 
 def collate_for(model: MatRIS, dataset: StructureDataset, partitioner: str) -> Collate:
@@ -164,7 +164,7 @@ def _points(prediction: Prediction, batch: MicroBatch, mesh: Mesh) -> dict[str, 
 
 def _strides(dataset: StructureDataset) -> dict[str, int]:
     """Which points to keep: every stride-th."""
-    totals = label_totals(dataset, np.arange(len(dataset)))
+    totals = label_totals(dataset)
     counts = {
         "energy": totals.energy_structures,
         "forces": 3 * totals.forces_atoms,

@@ -181,11 +181,12 @@ class CountedLoader(StepLoader[MicroBatch]):
             ValueError: one is larger than the budget.
         """
         indices = self.sampler.indices(step)
+        sizes = self.dataset.sizes[indices]
         shares = plan_micro_batches(
-            self.dataset.sizes[indices],
+            sizes,
             num_ranks=self.world_size * self.count,
             budget=self.budget,
-            cost=self.cost[indices],
+            cost=self.cost(sizes),
         )
         if any(len(share) > 1 for share in shares):
             raise ValueError(
@@ -350,7 +351,7 @@ class Job:
         if dataset is None or num_batches == 0:
             return None
         sampler = WholeSet(num_records=len(dataset), num_batches=num_batches)
-        totals = label_totals(dataset, np.arange(len(dataset)))
+        totals = label_totals(dataset)
         return self._parts(dataset, sampler, 0, sys.maxsize, totals=totals, num_batches=num_batches)
 
     def _parts(
@@ -380,7 +381,7 @@ class Job:
             rank=self._mesh.batch.rank,
             world_size=self._mesh.batch.size,
             budget=graph_budget(max_atoms=data.max_atoms, max_edges=data.max_edges, max_angles=data.max_angles),
-            cost=formula_cost(model.hyper).of_records(dataset.sizes),
+            cost=formula_cost(model.hyper).of_records,
             num_workers=data.num_workers,
             pin_memory=self._mesh.device.type == "cuda",
         )

@@ -72,11 +72,7 @@ class LabelStatistics:
 
 def statistics_by_task(dataset: StructureDataset, mesh: Mesh) -> dict[str, LabelStatistics]:
     """`label_statistics` of the structures of each level of theory that the data set has, in the order of its names."""
-    return {
-        name: label_statistics(dataset.subset(np.flatnonzero(dataset.task_index == number)), mesh)
-        for number, name in enumerate(dataset.task_names)
-        if (dataset.task_index == number).any()
-    }
+    return {name: label_statistics(part, mesh) for name, part in dataset.by_task().items()}
 
 
 def label_statistics(dataset: StructureDataset, mesh: Mesh) -> LabelStatistics:

@@ -18,6 +18,7 @@ from torch import Tensor
 import janus
 from janus.checkpoint import CheckpointError, verify_directory
 from janus.comm.collectives import on_main_rank, reduce_max
+from janus.data.shared_rows import blocks
 from janus.file_errors import naming
 from janus.mesh import Axis, Mesh, open_mesh
 from janus.ops.fused import use_kernels
@@ -201,9 +202,11 @@ def _records(setup: Setup) -> dict[str, str]:
     records = {"train": f"{len(setup.datasets.train)} structures, digest {labels:016x}"}
     for name, dataset in (("valid", setup.datasets.valid), ("test", setup.datasets.test)):
         if dataset is not None:
-            parts = (dataset.sizes, *vars(dataset.label_presence).values())
-            digest = hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in parts)).hexdigest()
-            records[name] = f"{len(dataset)} structures, digest {digest[:16]}"
+            digest = hashlib.sha256()
+            for values in (dataset.sizes, *vars(dataset.label_presence).values()):
+                for block in blocks(len(dataset)):
+                    digest.update(np.ascontiguousarray(values[block]).tobytes())
+            records[name] = f"{len(dataset)} structures, digest {digest.hexdigest()[:16]}"
     return records
 
 

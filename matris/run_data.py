@@ -129,8 +129,7 @@ def _open_task(config: TrainConfig, hyper: ModelConfig, task: TaskConfig) -> Dat
                 f"data.valid_fraction is {data.valid_fraction:g}, which leaves nothing of the {len(train)} training "
                 f"structures to learn from: choose at most {largest:g}, or give {where}.valid"
             )
-        groups = None if data.split_key is None else train.groups()
-        train, valid = train.split(data.valid_fraction, config.training.seed, groups)
+        train, valid = train.split(data.valid_fraction, config.training.seed, by_group=data.split_key is not None)
         if not any(getattr(valid.label_presence, name).any() for name in learned):
             raise ValueError(
                 f"the {len(valid)} structures set aside by data.valid_fraction {data.valid_fraction:g} have none of "
@@ -162,17 +161,26 @@ def check_stated(dataset: StructureDataset, needs: Sequence[str], where: str) ->
         needs: `charge`, `spin`.
         where: names the data in messages.
     """
-    stated = np.stack([dataset.column("charge"), dataset.column("spin")], axis=1)
-    lacks = {"charge": np.isnan(stated[:, 0]), "spin": stated[:, 1] == 0.0}
-    for name in needs:
-        if lacks[name].any():
-            first = dataset.identifier(int(np.argmax(lacks[name])))
-            raise ValueError(
-                f"{where}: {int(lacks[name].sum())} of {len(dataset)} structures do not state their {name}, such as "
-                f"{first}, but the task needs it: add the info entry {name!r}, or leave {name} out of its needs"
-            )
-    stated[lacks["charge"], 0] = 0.0  # NaNs are all different
-    for charge, spin in np.unique(stated, axis=0):
+    first: dict[str, int] = {}  # that lacks it
+    counts = dict.fromkeys(needs, 0)
+    stated: set[tuple[float, float]] = set()
+    before = 0
+    for columns in dataset.columns(["charge", "spin"]):
+        lacks = {"charge": np.isnan(columns["charge"]), "spin": columns["spin"] == 0.0}
+        for name in needs:
+            if lacks[name].any():
+                counts[name] += int(lacks[name].sum())
+                first.setdefault(name, before + int(lacks[name].argmax()))
+        charges = np.where(lacks["charge"], 0.0, columns["charge"])
+        stated.update(zip(charges.tolist(), columns["spin"].tolist(), strict=True))
+        before += len(charges)
+    for name, record in first.items():
+        raise ValueError(
+            f"{where}: {counts[name]} of {len(dataset)} structures do not state their {name}, such as "
+            f"{dataset.identifier(record)}, but the task needs it: add the info entry {name!r}, or leave {name} out of "
+            "its needs"
+        )
+    for charge, spin in sorted(stated):
         try:
             check_charge_and_spin(charge, spin)
         except ValueError as error:

@@ -89,16 +89,20 @@ def _dataset(dataset: StructureDataset) -> str:
 
 def _tasks(dataset: StructureDataset) -> list[tuple[str, str]]:
     """A row for each level of theory."""
-    found = [(name, np.flatnonzero(dataset.task_index == number)) for number, name in enumerate(dataset.task_names)]
-    return [("", f"{name}: {_dataset(dataset.subset(records))}") for name, records in found if len(records)]
+    return [("", f"{name}: {_dataset(part)}") for name, part in dataset.by_task().items()]
 
 
 def _differs(setup: Setup, name: str) -> bool:
     """Whether a total charge or spin is not the same in all data sets."""
     datasets = (setup.datasets.train, setup.datasets.valid, setup.datasets.test)
-    stores = [store for dataset in datasets if dataset is not None for store in dataset.stores]
-    stated = np.concatenate([store.column(name) for store in stores])
-    return len(np.unique(np.nan_to_num(stated))) > 1  # not stated: as neutral
+    stated = {
+        value
+        for dataset in datasets
+        if dataset is not None
+        for columns in dataset.columns([name])
+        for value in np.unique(np.nan_to_num(columns[name])).tolist()  # not stated: as neutral
+    }
+    return len(stated) > 1
 
 
 def _batch(config: TrainConfig, setup: Setup, mesh: Mesh) -> str:

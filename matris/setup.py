@@ -182,7 +182,7 @@ def build_setup(config: TrainConfig, mesh: Mesh) -> Setup:
             rank=mesh.batch.rank,
             world_size=mesh.batch.size,
             budget=limits.budget,
-            cost=cost.model.of_records(datasets.train.sizes),
+            cost=cost.model.of_records,
             same_count=mesh.in_step,
             num_workers=data.num_workers,
             pin_memory=mesh.device.type == "cuda",
@@ -222,7 +222,7 @@ def build_setup(config: TrainConfig, mesh: Mesh) -> Setup:
         else EvaluationSource(
             # Anew each time: a checkpoint may bring other limits.
             micro_batches=lambda: evaluated(valid).micro_batches(),
-            totals=label_totals(valid, np.arange(len(valid))),
+            totals=label_totals(valid),
         ),
     )
 
@@ -321,8 +321,10 @@ def _sampler(data: DataConfig, train: StructureDataset, seed: int) -> GlobalBatc
     groups = shares = None
     weights = {task.name: task.weight for task in data.tasks}
     if len(set(weights.values())) > 1 or data.task_temperature != 1.0:
-        present, groups, counts = np.unique(train.task_index, return_inverse=True, return_counts=True)
-        factors = np.array([weights[train.task_names[number]] for number in present])
+        runs = train.task_runs()  # one for each task, as they are joined
+        groups = [run.stop - run.start for _, run in runs]
+        counts = np.array(groups)
+        factors = np.array([weights[train.task_names[number]] for number, _ in runs])
         # Of the largest, for which no power is too large a number.
         shares = factors * (counts / counts.max()) ** (1.0 / data.task_temperature)
     return GlobalBatchSampler(

@@ -123,7 +123,8 @@ class DataConfig:
             atoms, edges and angles; or `calibrated`, the times of a few micro-batches at the start of the run, which a
             resumed run keeps (another start of the same run may divide them otherwise, as clocks do).
         num_workers: processes per rank that build graphs ahead; 0 builds them in the training process.
-        cache_dir: where raw files are prepared to; by default `~/.cache/janus-matris`.
+        cache_dir: where raw files are prepared to, and what all ranks of a machine need to know of large data sets; by
+            default `~/.cache/janus-matris`.
         energy_key: name of the total energy (eV) in raw files; by default REF_energy, then energy; likewise below.
         forces_key: name of the forces (eV/A).
         stress_key: name of the stress.

@@ -61,7 +61,8 @@ class StepLoader(Generic[Batch]):
         collate: a list of records to a micro-batch; picklable.
         rank, world_size: this process among those that share the global batch.
         budget: limits of one micro-batch.
-        cost: (n,) of each record, which is balanced over the ranks; by default the sum of its sizes.
+        cost: from sizes (n, columns) to the cost of each record (n,), which is balanced over the ranks; by default the
+            sum of its sizes.
         same_count: give every rank as many micro-batches as the one with the most has, the missing ones without
             records; for models whose ranks have to run together. `collate` must take an empty list then.
         num_workers: processes that read and collate ahead; 0 works in this process.
@@ -83,7 +84,7 @@ class StepLoader(Generic[Batch]):
         rank: int = 0,
         world_size: int = 1,
         budget: Budget | None = None,
-        cost: np.ndarray | None = None,
+        cost: Callable[[np.ndarray], np.ndarray] | None = None,
         same_count: bool = False,
         num_workers: int = 0,
         pin_memory: bool = False,
@@ -93,7 +94,7 @@ class StepLoader(Generic[Batch]):
             raise ValueError(f"rank {rank} of {world_size}: must be between 0 and {world_size - 1}")
         self.budget = budget or Budget()
         check_fits(dataset.sizes, self.budget, dataset.identifier)
-        self.cost = dataset.sizes.sum(axis=1) if cost is None else cost
+        self.cost = cost or _sum_of_sizes
         self.dataset, self.sampler, self.collate = dataset, sampler, collate
         self.start_step, self.num_steps = start_step, num_steps
         self.rank, self.world_size, self.same_count = rank, world_size, same_count
@@ -105,11 +106,12 @@ class StepLoader(Generic[Batch]):
     def plan(self, step: int) -> tuple[np.ndarray, list[np.ndarray]]:
         """Records of the global batch, and those of each of this rank's micro-batches."""
         indices = self.sampler.indices(step)
+        sizes = self.dataset.sizes[indices]
         plan = plan_micro_batches(
-            self.dataset.sizes[indices],
+            sizes,
             num_ranks=self.world_size,
             budget=self.budget,
-            cost=self.cost[indices],
+            cost=self.cost(sizes),
             same_count=self.same_count,
         )
         return indices, [indices[positions] for positions in plan[self.rank]]
@@ -143,6 +145,10 @@ class StepLoader(Generic[Batch]):
                 planned.popleft()
                 yield StepBatch(step=step, indices=indices, micro_batches=ready)
                 ready = []
+
+
+def _sum_of_sizes(sizes: np.ndarray) -> np.ndarray:
+    return sizes.sum(axis=1)
 
 
 class _Requests(Dataset):

@@ -8,6 +8,8 @@ from typing import TypeAlias
 
 import numpy as np
 
+from janus.data.shared_rows import blocks
+
 Plan: TypeAlias = list[list[np.ndarray]]
 """Per rank a list of micro-batches, each an array of positions in the global batch."""
 
@@ -72,12 +74,18 @@ def check_fits(sizes: np.ndarray, budget: Budget, identifier: Callable[[int], st
     Raises:
         ValueError: names the records (the first ten) with their sizes and says which limits would do.
     """
-    exceeds = budget.measure(sizes) > budget.capacity(sizes.shape[1])
-    if budget.memory is not None and exceeds[:, -1].any():
-        _refuse_for_memory(np.nonzero(exceeds[:, -1])[0], sizes, budget.memory, identifier)
-    too_large = np.nonzero(exceeds.any(axis=1))[0]
+    capacity = budget.capacity(sizes.shape[1])
+    records, exceeded = [np.empty(0, np.int64)], [np.empty((0, len(capacity)), bool)]
+    for part in blocks(len(sizes)):
+        exceeds = budget.measure(sizes[part]) > capacity
+        some = np.flatnonzero(exceeds.any(axis=1))
+        records.append(part.start + some)
+        exceeded.append(exceeds[some])
+    too_large, which = np.concatenate(records), np.concatenate(exceeded)
     if not len(too_large):
         return
+    if budget.memory is not None and which[:, -1].any():
+        _refuse_for_memory(too_large[which[:, -1]], sizes, budget.memory, identifier)
     listed = "\n".join(
         f"  {identifier(int(i))}: " + ", ".join(f"{sizes[i, c]} {name}" for c, name in enumerate(budget.names))
         for i in too_large[:10]
@@ -99,8 +107,8 @@ def check_fits(sizes: np.ndarray, budget: Budget, identifier: Callable[[int], st
 def _refuse_for_memory(
     too_large: np.ndarray, sizes: np.ndarray, memory: MemoryLimit, identifier: Callable[[int], str]
 ) -> None:
-    needed = memory.of_records(sizes)
-    listed = "\n".join(f"  {identifier(int(i))}: {needed[i] / 1e9:.3g} GB" for i in too_large[:10])
+    needed = memory.of_records(sizes[too_large[:10]])
+    listed = "\n".join(f"  {identifier(int(i))}: {own / 1e9:.3g} GB" for i, own in zip(too_large, needed, strict=False))
     more = f"\n  and {len(too_large) - 10} more" if len(too_large) > 10 else ""
     raise ValueError(
         f"{len(too_large)} of {len(sizes)} records need more memory on their own than the {memory.available / 1e9:.3g} "

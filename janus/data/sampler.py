@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol
 
 import numpy as np
 
 from janus.data.packing import Budget
+from janus.data.shared_rows import blocks
+from janus.data.shuffle import shuffled
 
 
 class Sampler(Protocol):
@@ -18,9 +23,9 @@ class Sampler(Protocol):
 
 
 class GlobalBatchSampler:
-    """Shuffled epochs, each record exactly once per epoch, cut into global batches.
+    """Shuffled epochs, each record exactly once per epoch, cut into global batches. Holds nothing of each record.
 
-    With `groups` an epoch has as many records, but so many of each group as its share says, drawn without replacement
+    With groups an epoch has as many records, but so many of each group as its share says, drawn without replacement
     from the group's own shuffled passes, which go on from epoch to epoch.
 
     With `global_batch_size` N an epoch has ceil(num_records / N) batches whose sizes differ by at most one and never
@@ -32,7 +37,7 @@ class GlobalBatchSampler:
         sizes: (num_records, columns), needed for a budget.
         global_batch_size: records per global batch; give this or `global_budget`.
         global_budget: limits of the sums over a global batch.
-        groups: (num_records,) int64 group of each record, 0, 1, ...; none of them empty.
+        groups: records of each group, which lie one group after the other; at least one each.
         shares: of each group, relative to each other; needed with `groups`.
         seed: of the shuffling.
     Raises:
@@ -46,7 +51,7 @@ class GlobalBatchSampler:
         sizes: np.ndarray | None = None,
         global_batch_size: int | None = None,
         global_budget: Budget | None = None,
-        groups: np.ndarray | None = None,
+        groups: Sequence[int] | None = None,
         shares: np.ndarray | None = None,
         seed: int = 0,
     ) -> None:
@@ -61,25 +66,27 @@ class GlobalBatchSampler:
         self.num_records = num_records
         self.global_batch_size = global_batch_size
         self.seed = seed
-        self._epoch = -1  # the epoch whose order is held below
-        self._order = np.empty(0, np.int64)
+        self._epoch = -1  # the epoch whose cuts are held below
         self._cuts = np.empty(0, np.int64)
         self._first_steps = [0]  # first step of each epoch counted so far; grows only with a budget
         self._sizes, self._capacity = sizes, None
-        self._members: list[np.ndarray] = []
+        self._groups: list[_Group] = []
         if groups is not None:
             assert shares is not None
-            self._members = [np.flatnonzero(groups == group) for group in range(len(shares))]
-            self._counts = apportion(num_records, shares)
+            drawn = apportion(num_records, shares).tolist()
+            starts = accumulate(groups, initial=0)
+            self._groups = [
+                _Group(start, size, count) for start, size, count in zip(starts, groups, drawn, strict=False)
+            ]
         if global_budget is not None:
             if sizes is None:
                 raise ValueError("a global budget needs the sizes of the records")
             self._capacity = global_budget.capacity(sizes.shape[1])
-            if (sizes > self._capacity).any():
-                worst = sizes.max(axis=0).tolist()
+            worst = np.max([sizes[part].max(axis=0) for part in blocks(num_records)], axis=0)
+            if (worst > self._capacity).any():
                 raise ValueError(
                     f"global budget {global_budget.limits} {global_budget.names} is less than the largest record "
-                    f"{worst}: raise it"
+                    f"{worst.tolist()}: raise it"
                 )
 
     def indices(self, step: int) -> np.ndarray:
@@ -88,9 +95,13 @@ class GlobalBatchSampler:
         None is in it twice; with groups it can be, where an epoch begins a new pass over its group.
         """
         epoch = self.epoch(step)
-        self._load(epoch)
         position = step - self.first_step(epoch)
-        return self._order[self._cuts[position] : self._cuts[position + 1]]
+        if self.global_batch_size is not None:
+            steps = self._steps_per_epoch
+            start, stop = (edge * self.num_records // steps for edge in (position, position + 1))
+        else:
+            start, stop = self._cuts_of(epoch)[position : position + 2].tolist()
+        return self._records(epoch, start, stop)
 
     def epoch(self, step: int) -> int:
         """Epoch that `step` belongs to."""
@@ -104,13 +115,13 @@ class GlobalBatchSampler:
     def first_step(self, epoch: int) -> int:
         """First step of an epoch, which is also the number of steps of all epochs before it.
 
-        With a budget the first call costs a shuffle of every earlier epoch.
+        With a budget the first call costs a pass over the sizes for every earlier epoch.
         """
         if self.global_batch_size is not None:
             return epoch * self._steps_per_epoch
         while len(self._first_steps) <= epoch:
-            self._load(len(self._first_steps) - 1)
-            self._first_steps.append(self._first_steps[-1] + len(self._cuts) - 1)
+            cuts = self._cuts_of(len(self._first_steps) - 1)
+            self._first_steps.append(self._first_steps[-1] + len(cuts) - 1)
         return self._first_steps[epoch]
 
     @property
@@ -118,30 +129,42 @@ class GlobalBatchSampler:
         assert self.global_batch_size is not None
         return -(-self.num_records // self.global_batch_size)
 
-    def _load(self, epoch: int) -> None:
-        if epoch == self._epoch:
-            return
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.num_records)
-        self._order = self._drawn(epoch)[order] if self._members else order
-        if self._capacity is None:
-            steps = self._steps_per_epoch
-            self._cuts = np.arange(steps + 1) * self.num_records // steps
-        else:
-            assert self._sizes is not None
-            self._cuts = _cut(self._sizes[self._order], self._capacity)
-        self._epoch = epoch
+    def _records(self, epoch: int, start: int, stop: int) -> np.ndarray:
+        """Records at places start..stop-1 of the order of an epoch."""
+        order = shuffled(np.arange(start, stop), self.num_records, (self.seed, epoch))
+        if not self._groups:
+            return order
+        # Of the records that an epoch draws, group after group, these.
+        records = np.empty_like(order)
+        first = 0
+        for number, group in enumerate(self._groups):
+            of_group = (first <= order) & (order < first + group.drawn)
+            place = epoch * group.drawn + order[of_group] - first  # in all passes over the group
+            found = np.empty_like(place)
+            for turn in np.unique(place // group.size).tolist():
+                own = place // group.size == turn
+                found[own] = shuffled(place[own] % group.size, group.size, (self.seed, number, turn, 1))
+            records[of_group] = group.start + found
+            first += group.drawn
+        return records
 
-    def _drawn(self, epoch: int) -> np.ndarray:
-        """(num_records,) the records of an epoch, group after group."""
-        drawn = []
-        for group, (members, count) in enumerate(zip(self._members, self._counts.tolist(), strict=True)):
-            start, size = epoch * count, len(members)
-            passes = [
-                members[np.random.default_rng([self.seed, group, number, 1]).permutation(size)]
-                for number in range(start // size, (start + count - 1) // size + 1)
-            ]
-            drawn.append(np.concatenate(passes)[start % size : start % size + count])
-        return np.concatenate(drawn)
+    def _cuts_of(self, epoch: int) -> np.ndarray:
+        """With a budget: places in the order of an epoch at which its batches begin, and its end."""
+        assert self._sizes is not None
+        assert self._capacity is not None
+        if epoch != self._epoch:
+            ordered = (self._sizes[self._records(epoch, part.start, part.stop)] for part in blocks(self.num_records))
+            self._epoch, self._cuts = epoch, _cut(ordered, self._capacity)
+        return self._cuts
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Its records start..start+size-1, and how many an epoch draws of them."""
+
+    start: int
+    size: int
+    drawn: int
 
 
 def apportion(total: int, shares: np.ndarray) -> np.ndarray:
@@ -180,11 +203,23 @@ class SequentialSampler:
         return np.arange(start, min(start + self.global_batch_size, self.num_records))
 
 
-def _cut(sizes: np.ndarray, capacity: np.ndarray) -> np.ndarray:
-    """Boundaries 0..n of the longest runs of consecutive records whose sums stay within `capacity`."""
-    totals = np.vstack([np.zeros((1, sizes.shape[1]), np.int64), np.cumsum(sizes, axis=0, dtype=np.int64)])
-    cuts = [0]
-    while cuts[-1] < len(sizes):
-        reach = totals[cuts[-1]] + capacity
-        cuts.append(min(int(np.searchsorted(totals[:, c], reach[c], side="right")) - 1 for c in range(len(capacity))))
-    return np.array(cuts)
+def _cut(ordered: Iterable[np.ndarray], capacity: np.ndarray) -> np.ndarray:
+    """Boundaries 0..n of the longest runs of consecutive records whose sums stay within `capacity`.
+
+    Args:
+        ordered: sizes of the records, (_, columns) at a time.
+    """
+    cuts, rest = [0], np.empty((0, len(capacity)), np.int64)
+    for sizes in ordered:
+        rest = np.concatenate([rest, sizes])
+        totals = np.vstack([np.zeros((1, rest.shape[1]), np.int64), np.cumsum(rest, axis=0, dtype=np.int64)])
+        start = end = 0
+        while end < len(rest):
+            reach = totals[start] + capacity
+            ends = (np.searchsorted(totals[:, column], limit, side="right") for column, limit in enumerate(reach))
+            end = min(map(int, ends)) - 1
+            if end < len(rest):  # or else more may fit, of those that follow
+                cuts.append(cuts[-1] + end - start)
+                start = end
+        rest = rest[start:]
+    return np.array([*cuts, cuts[-1] + len(rest)])

@@ -25,7 +25,7 @@ import h5py
 import numpy as np
 
 FORMAT = "janus-store"
-VERSION = 2
+VERSION = 3
 CHUNK_BYTES = 16 * 1024  # of new files; small, because a random read loads and checks whole chunks
 CACHE_BYTES = 1024 * 1024  # of chunks, for each table of an open store: every process of every rank has its own
 COPY_RECORDS = 4096  # records held in memory at a time when stores are copied
@@ -213,27 +213,9 @@ class StoreReader:
         names = [field.name for field in self.fields]
         return [dict(zip(names, values, strict=True)) for values in zip(*found, strict=True)]
 
-    def column(self, name: str) -> np.ndarray:
-        """All entries of a field, one per record, or one per row of its axis."""
-        (axis,) = (field.axis for field in self.fields if field.name == name)
-        with self._reading():
-            return self._table(axis).columns([name])[name]
-
-    def mask(self, name: str) -> np.ndarray:
-        """Which records have an optional field, (num_records,) bool."""
-        return self.overview(masks=[name])[1][name]
-
-    def overview(
-        self, fields: Sequence[str] = (), masks: Sequence[str] = ()
-    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """`column` of fields that have one entry per record, and `mask` of others, in one pass through the file."""
-        with self._reading():
-            found = self._table(None).columns([*fields, *map(_mask_name, masks)])
-        return {name: found[name] for name in fields}, {name: found[_mask_name(name)].astype(bool) for name in masks}
-
     def columns(self, start: int, stop: int) -> Columns:
         """Records start..stop-1, field by field, one read per table."""
-        return _read_columns([(self, start, stop)])
+        return gather([(self, start, stop)])
 
     def verify(self) -> None:
         """Read everything once, so that every checksum is compared. Raises ValueError if one differs."""
@@ -293,22 +275,17 @@ class StoreReader:
         return ValueError(f"{self.path}: corrupt or truncated store ({reason}); prepare it again or fetch a good copy")
 
 
-def gather(places: Sequence[tuple[StoreReader, int]]) -> Columns:
-    """Records of stores with the same fields, at least one, in any order; one read per table and record.
+Range: TypeAlias = tuple[StoreReader, int, int]
+"""Records, or rows of a table: of which store, the first, and where they end."""
+
+
+def gather(ranges: Sequence[Range]) -> Columns:
+    """Records of stores with the same fields, at least one, range after range; one read per table and range.
 
     Raises:
         ValueError: stores with other fields than the first one's; as `StoreReader`.
         IndexError: a record that its store does not have.
     """
-    return _read_columns([(store, index, index + 1) for store, index in places])
-
-
-_Range: TypeAlias = tuple[StoreReader, int, int]
-"""Rows of a table, or records: of which store, the first, and where they end."""
-
-
-def _read_columns(ranges: Sequence[_Range]) -> Columns:
-    """Records start..stop-1 of each store, one range after the other."""
     first = ranges[0][0]
     for store in {store for store, _, _ in ranges}:
         if store is not first and store.fields != first.fields:
@@ -332,7 +309,15 @@ def _read_columns(ranges: Sequence[_Range]) -> Columns:
     )
 
 
-def _read_rows(axis: str | None, ranges: Sequence[_Range]) -> np.ndarray:
+def overview(
+    ranges: Sequence[Range], fields: Sequence[str] = (), masks: Sequence[str] = ()
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Fields with one entry per record, (n, ...), and masks of others, (n,) bool, of records, range after range."""
+    rows = _read_rows(None, ranges)
+    return {name: rows[name].copy() for name in fields}, {name: rows[_mask_name(name)].astype(bool) for name in masks}
+
+
+def _read_rows(axis: str | None, ranges: Sequence[Range]) -> np.ndarray:
     """Rows start..stop-1 of that table of each store, one range after the other, (n,) of the type of a row."""
     tables = {store: store._table(axis) for store in {store for store, _, _ in ranges}}
     parts = []
@@ -344,7 +329,7 @@ def _read_rows(axis: str | None, ranges: Sequence[_Range]) -> np.ndarray:
     return (parts[0] if len(parts) == 1 else np.concatenate(parts)).view(tables[ranges[0][0]].dtype)[:, 0]
 
 
-def _row_ranges(records: Sequence[_Range], bounds: np.ndarray) -> list[_Range]:
+def _row_ranges(records: Sequence[Range], bounds: np.ndarray) -> list[Range]:
     """Rows of an axis that belong to each range of records, from first row and end of every record, (n, 2)."""
     stores = [store for store, _, _ in records]
     if len(records) < len(bounds):
@@ -363,16 +348,6 @@ class _Table:
     def read(self, start: int, stop: int) -> np.ndarray:
         """Rows start..stop-1, (stop - start,) of `dtype`."""
         return self.dataset[start:stop].view(self.dtype)[:, 0]
-
-    def columns(self, names: Sequence[str]) -> dict[str, np.ndarray]:
-        """Some fields of all rows, which are read in blocks."""
-        length = len(self.dataset)
-        found = {name: np.empty(length, self.dtype[name]) for name in names}
-        for start in range(0, length, COPY_RECORDS):
-            rows = self.read(start, min(start + COPY_RECORDS, length))
-            for name, values in found.items():
-                values[start : start + len(rows)] = rows[name]
-        return found
 
 
 def _axes(fields: Sequence[Field]) -> list[str]:

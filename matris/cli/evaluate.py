@@ -68,7 +68,6 @@ def main(arguments: list[str]) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    import numpy as np
 
     from janus.comm.collectives import on_main_rank
     from janus.mesh import open_mesh
@@ -118,8 +117,7 @@ def _evaluate(options: argparse.Namespace) -> int:
                 f"{', '.join(options.data)}: no structure has a label, so there is nothing to compare with. Give the "
                 "keys that the files have (--energy_key, --forces_key, ...), or other files"
             )
-        for store in dataset.stores:
-            model.check_elements(np.unique(store.column("numbers")), options.task)
+        model.check_elements(dataset.elements(), options.task)
         portions = Portions(
             batch_size=options.batch_size,
             budget=graph_budget(

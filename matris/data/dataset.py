@@ -6,19 +6,20 @@ import hashlib
 import json
 import logging
 import os
-from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache as cached
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from janus.data.packing import Budget
 from janus.data.parallel_map import map_in_order
-from janus.data.store import COPY_RECORDS, VERSION, StoreReader, gather
+from janus.data.shared_rows import blocks, mapped_rows, shared_rows
+from janus.data.store import COPY_RECORDS, VERSION, Columns, Range, StoreReader, gather, overview
 from matris.data.frames import FileKind, check_split_key, expand_path, file_kind
 from matris.data.labels import LabelKeys
 from matris.data.prepare import PrepareOptions, PrepareReport, check_wanted, prepare
@@ -40,60 +41,72 @@ class LabelPresence:
     magmoms: np.ndarray
 
 
+ROW = np.dtype(
+    [
+        ("place", "<i8"),
+        ("sizes", "<i8", (3,)),
+        *((name, "?") for name in LABEL_NAMES),
+        ("task", "<u4"),
+    ]
+)
+"""What is known of a record without reading it: its number among those of all stores, atoms, directed edges and angles,
+which labels it has, and the number of its level of theory."""
+
+
 class StructureDataset:
     """Labelled structures of several stores, one after the other; read from disk when asked for.
 
-    In memory it keeps the sizes, label masks and tasks of the records. Picklable; every process opens its own files.
+    A row of numbers for each is kept, of which large data sets have one copy for all processes of a machine
+    (`janus.data.shared_rows`). Picklable; every process opens its own files.
 
     Attributes:
         stores: the files.
-        sizes: (n, 3) int64 atoms, directed edges and angles of each record under the cutoffs.
-        label_presence: which records have which label.
         task_names: levels of theory: those that the stores name, sorted, unless `joined` says others.
-        task_index: (n,) int64 into `task_names`.
         report: which keys the labels came from.
     """
 
     def __init__(
         self,
         stores: Sequence[StoreReader],
-        sizes: np.ndarray,
+        task_names: Sequence[str],
+        rows: Callable[[], Iterable[np.ndarray]],
         *,
-        records: np.ndarray | None = None,
-        presence: LabelPresence | None = None,
-        tasks: tuple[Sequence[str], np.ndarray] | None = None,
+        at_most: int,
+        cache: Path,
+        key: Any = None,
     ) -> None:
         """
         Args:
             stores: with the fields of `matris.data.records`.
-            sizes: of all records of all stores.
-            records: records that the data set consists of, in its order; all by default.
-            presence: labels of all records of all stores; read from these by default.
-            tasks: names, and (n,) the number of each of all records, in place of what the stores say.
+            task_names: that the rows' tasks count.
+            rows: gives `ROW` of each record, in the order of the data set, in parts.
+            at_most: bound of the number of rows.
+            cache: folder for rows that are shared.
+            key: what the rows follow from, JSON; None for rows of this process alone.
         """
-        self.stores = tuple(stores)
-        self._ends = list(accumulate(len(store) for store in stores))
-        self._all_sizes = sizes
-        self._records = records
-        chosen = slice(None) if records is None else records
-        self.sizes = sizes[chosen]
-        if presence is None or tasks is None:
-            overviews = [store.overview(["task"], LABEL_NAMES) for store in stores]
-            presence = LabelPresence(
-                **{name: np.concatenate([masks[name] for _, masks in overviews]) for name in LABEL_NAMES}
-            )
-            stated = np.concatenate([values["task"] for values, _ in overviews])
-            tasks = tasks or _numbered(stated)
-        self._all_presence = presence
-        self.label_presence = LabelPresence(
-            **{name: present[chosen] for name, present in vars(self._all_presence).items()}
-        )
-        self._tasks = tasks
-        self.task_names, self.task_index = tuple(tasks[0]), tasks[1][chosen]
+        self.stores, self.task_names = tuple(stores), tuple(task_names)
+        self._ends = np.cumsum([len(store) for store in stores])
+        self._cache, self._key = cache, key
+        self._rows, self._file = shared_rows(rows, ROW, at_most=at_most, key=key, folder=cache)
         self.report = PrepareReport.join(PrepareReport.of_store(store) for store in stores)
 
+    @property
+    def sizes(self) -> np.ndarray:
+        """(n, 3) int64 atoms, directed edges and angles of each record under the cutoffs."""
+        return self._rows["sizes"]
+
+    @property
+    def label_presence(self) -> LabelPresence:
+        """Which records have which label."""
+        return LabelPresence(**{name: self._rows[name] for name in LABEL_NAMES})
+
+    @property
+    def task_index(self) -> np.ndarray:
+        """(n,) uint32 into `task_names`."""
+        return self._rows["task"]
+
     def __len__(self) -> int:
-        return len(self.sizes)
+        return len(self._rows)
 
     def __getitem__(self, index: int) -> Sample:
         return self.__getitems__([index])[0]
@@ -102,19 +115,39 @@ class StructureDataset:
         """Several samples, in that order; less work each than one by one. None for a rank that has none in a step."""
         if not len(indices):
             return []
-        columns = gather([self._locate(index) for index in indices])
-        return samples_of(columns, tasks=[self.task_names[task] for task in self.task_index[list(indices)].tolist()])
+        rows = self._rows[list(indices)]
+        columns = gather(self._ranges(rows["place"]))
+        return samples_of(columns, tasks=[self.task_names[task] for task in rows["task"].tolist()])
 
     def identifier(self, index: int) -> str:
         """Where a record comes from, `file:frame`."""
         return self[index].identifier
 
-    def subset(self, indices: np.ndarray) -> StructureDataset:
-        """The records `indices`, in that order. Task names stay those of the whole."""
-        records = indices if self._records is None else self._records[indices]
-        return StructureDataset(
-            self.stores, self._all_sizes, records=records, presence=self._all_presence, tasks=self._tasks
-        )
+    def subset(self, records: np.ndarray | slice) -> StructureDataset:
+        """These records, in that order. Task names stay those of the whole."""
+        rows = self._rows[records]
+        return StructureDataset(self.stores, self.task_names, lambda: [rows], at_most=len(rows), cache=self._cache)
+
+    def task_runs(self) -> list[tuple[int, slice]]:
+        """Consecutive records of one level of theory: its number, and which they are."""
+        starts = [0]
+        for part in blocks(len(self)):
+            task = self.task_index[max(0, part.start - 1) : part.stop]
+            starts += (np.flatnonzero(np.diff(task)) + max(1, part.start)).tolist()
+        runs = zip(starts, [*starts[1:], len(self)], strict=True)
+        return [(int(self.task_index[start]), slice(start, stop)) for start, stop in runs if start < stop]
+
+    def by_task(self) -> dict[str, StructureDataset]:
+        """The records of each level of theory that has any, in the order of its number."""
+        found: dict[int, list[slice]] = {}
+        for task, run in self.task_runs():
+            found.setdefault(task, []).append(run)
+        return {
+            self.task_names[task]: self.subset(
+                runs[0] if len(runs) == 1 else np.concatenate([np.arange(run.start, run.stop) for run in runs])
+            )
+            for task, runs in sorted(found.items())
+        }
 
     @staticmethod
     def joined(parts: Sequence[tuple[str, StructureDataset]], names: Sequence[str]) -> StructureDataset:
@@ -124,23 +157,41 @@ class StructureDataset:
             parts: each with the name of its level of theory, whatever its stores say.
             names: of all levels of theory, in the order of their numbers; some may have no part.
         """
-        index = [np.full(len(part._all_sizes), names.index(name)) for name, part in parts]
-        starts = np.cumsum([0, *(len(part._all_sizes) for _, part in parts)])
-        records = [
-            start + (np.arange(len(part)) if part._records is None else part._records)
-            for start, (_, part) in zip(starts, parts, strict=False)
-        ]
+
+        def rows() -> Iterator[np.ndarray]:
+            before = 0
+            for name, part in parts:
+                for block in blocks(len(part)):
+                    own = part._rows[block].copy()
+                    own["place"] += before
+                    own["task"] = names.index(name)
+                    yield own
+                before += sum(map(len, part.stores))
+
         return StructureDataset(
             [store for _, part in parts for store in part.stores],
-            np.concatenate([part._all_sizes for _, part in parts]),
-            records=np.concatenate(records),
-            tasks=(names, np.concatenate(index)),
+            names,
+            rows,
+            at_most=sum(len(part) for _, part in parts),
+            cache=parts[0][1]._cache,
+            key=_key_of([part._key for _, part in parts], "joined", [name for name, _ in parts], list(names)),
         )
 
     def column(self, name: str) -> np.ndarray:
         """(n,) a field that has one entry per record."""
-        values = np.concatenate([store.column(name) for store in self.stores if len(store)])
-        return values if self._records is None else values[self._records]
+        return np.concatenate([part[name] for part in self.columns([name])])
+
+    def columns(self, names: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
+        """Fields that have one entry per record, (_,) each, of consecutive records."""
+        for block in blocks(len(self), COPY_RECORDS):
+            yield overview(self._ranges(self._rows["place"][block]), names)[0]
+
+    def elements(self) -> np.ndarray:
+        """Atomic numbers that there are, sorted. Reads all structures once, in bounded memory."""
+        found: set[int] = set()
+        for block in blocks(len(self), COPY_RECORDS):
+            found.update(np.unique(gather(self._ranges(self._rows["place"][block])).values["numbers"]).tolist())
+        return np.array(sorted(found))
 
     def within(self, *, max_force: float | None, max_stress: float | None) -> StructureDataset:
         """The records whose longest force (eV/A) and largest stress component (eV/A^3) are at most these.
@@ -149,60 +200,112 @@ class StructureDataset:
         """
         if max_force is None and max_stress is None:
             return self
-        largest = np.concatenate([_largest_labels(store) for store in self.stores if len(store)])
-        chosen = largest if self._records is None else largest[self._records]
         limits = [np.inf if limit is None else limit for limit in (max_force, max_stress)]
-        return self.subset(np.flatnonzero((chosen <= limits).all(axis=1)))
+
+        def rows() -> Iterator[np.ndarray]:
+            for block in blocks(len(self), COPY_RECORDS):
+                own = self._rows[block]
+                yield own[(_largest_labels(gather(self._ranges(own["place"]))) <= limits).all(axis=1)]
+
+        return self._derived(rows, "within", max_force, max_stress)
 
     def groups(self) -> np.ndarray:
         """(n,) number of each record's group; of stores that were prepared with a split key."""
         return np.unique(self.column("group"), return_inverse=True)[1]
 
-    def split(
-        self, fraction: float, seed: int, groups: np.ndarray | None = None
-    ) -> tuple[StructureDataset, StructureDataset]:
+    def split(self, fraction: float, seed: int, *, by_group: bool = False) -> tuple[StructureDataset, StructureDataset]:
         """The rest, and a random `fraction` of the records (at least one), each in the order of the files.
 
         Args:
-            groups: (n,) number of each record's group; then whole groups are set aside, as many as bring their records
-                nearest to the fraction.
+            by_group: set whole groups aside, as many as bring their records nearest to the fraction.
 
         Raises:
-            ValueError: a fraction outside 0..1, or so large that nothing is left.
+            ValueError: a fraction outside 0..1, or so large that nothing is left; a single group.
         """
         count = max(1, round(fraction * len(self)))
         if not 0.0 < fraction < 1.0 or count >= len(self):
             raise ValueError(
                 f"cannot set aside a fraction of {fraction:g} of {len(self)} records: choose between 0 and 1"
             )
-        if groups is not None:
-            aside = groups_aside(groups, count, seed)[groups]
-            return self.subset(np.flatnonzero(~aside)), self.subset(np.flatnonzero(aside))
-        order = np.random.default_rng(seed).permutation(len(self))
-        return self.subset(np.sort(order[count:])), self.subset(np.sort(order[:count]))
 
-    def _locate(self, index: int) -> tuple[StoreReader, int]:
-        record = index if self._records is None else int(self._records[index])
-        which = bisect_right(self._ends, record)
-        return self.stores[which], record - (self._ends[which - 1] if which else 0)
+        @cached
+        def aside() -> np.ndarray:  # by the process that writes the rows
+            if by_group:
+                groups = self.groups()
+                return groups_aside(groups, count, seed)[groups]
+            chosen = np.zeros(len(self), dtype=bool)
+            chosen[np.random.default_rng(seed).permutation(len(self))[:count]] = True
+            return chosen
+
+        def rows(wanted: bool) -> Iterator[np.ndarray]:
+            return (self._rows[block][aside()[block] == wanted] for block in blocks(len(self)))
+
+        facts = ("split", fraction, seed, by_group)
+        return self._derived(partial(rows, False), *facts, "rest"), self._derived(partial(rows, True), *facts, "aside")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ if self._file is None else {**self.__dict__, "_rows": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self._file is not None:
+            self._rows = mapped_rows(self._file, ROW)
+
+    def _derived(self, rows: Callable[[], Iterable[np.ndarray]], *facts: Any) -> StructureDataset:
+        """Some of the records; which they are follows from these facts."""
+        return StructureDataset(
+            self.stores,
+            self.task_names,
+            rows,
+            at_most=len(self),
+            cache=self._cache,
+            key=_key_of([self._key], *facts),
+        )
+
+    def _ranges(self, places: np.ndarray) -> list[Range]:
+        """Where records are, (n,) by their places in all stores; those that follow one another together."""
+        which = np.searchsorted(self._ends, places, side="right")
+        local = places - np.concatenate([[0], self._ends])[which]
+        breaks = np.flatnonzero((np.diff(places) != 1) | (np.diff(which) != 0))
+        firsts, lasts = np.concatenate([[0], breaks + 1]), np.concatenate([breaks, [len(places) - 1]])
+        return [
+            (self.stores[store], start, last + 1)
+            for store, start, last in zip(
+                which[firsts].tolist(), local[firsts].tolist(), local[lasts].tolist(), strict=True
+            )
+        ]
 
 
-def _numbered(tasks: np.ndarray) -> tuple[list[str], np.ndarray]:
-    """Names of the levels of theory, sorted, and the number of each record's."""
-    names, index = np.unique(tasks, return_inverse=True)
-    return [name.decode() for name in names], index
+def _key_of(sources: list[Any], *facts: Any) -> Any:
+    """Of rows that follow from those of other data sets and these facts; None where one of those has no key."""
+    return None if None in sources else [sources, *facts]
 
 
-def _largest_labels(store: StoreReader) -> np.ndarray:
+def _opened_rows(
+    stores: Sequence[StoreReader], counted: Sequence[np.ndarray | None], task_names: Sequence[str]
+) -> Iterator[np.ndarray]:
+    """`ROW` of all records, with the sizes that were counted anew, or those of the store."""
+    names = np.array([name.encode() for name in task_names])
+    before = 0
+    for store, sizes in zip(stores, counted, strict=True):
+        for block in blocks(len(store), COPY_RECORDS):
+            fields, masks = overview([(store, block.start, block.stop)], ["task", "size"], LABEL_NAMES)
+            rows = np.empty(block.stop - block.start, ROW)
+            rows["place"] = np.arange(before + block.start, before + block.stop)
+            rows["sizes"] = fields["size"] if sizes is None else sizes[block]
+            for name, present in masks.items():
+                rows[name] = present
+            rows["task"] = np.searchsorted(names, fields["task"])
+            yield rows
+        before += len(store)
+
+
+def _largest_labels(columns: Columns) -> np.ndarray:
     """(n, 2) longest force and largest stress component of each record; zero, as stores have it, where it has none."""
-    found = np.zeros((len(store), 2))
-    for start in range(0, len(store), COPY_RECORDS):
-        stop = min(start + COPY_RECORDS, len(store))
-        columns = store.columns(start, stop)
-        lengths = np.linalg.norm(columns.values["forces"], axis=1)
-        record = np.repeat(np.arange(start, stop), columns.counts["atoms"])
-        np.maximum.at(found[:, 0], record, lengths)
-        found[start:stop, 1] = np.abs(columns.values["stress"]).max(axis=(1, 2))
+    found = np.zeros((columns.num_records, 2))
+    record = np.repeat(np.arange(columns.num_records), columns.counts["atoms"])
+    np.maximum.at(found[:, 0], record, np.linalg.norm(columns.values["forces"], axis=1))
+    found[:, 1] = np.abs(columns.values["stress"]).max(axis=(1, 2))
     return found
 
 
@@ -268,7 +371,8 @@ def open_dataset(
         three_body_cutoff=three_body_cutoff,
         split_key=split_key,
     )
-    stores, sizes = [], []
+    stores: list[StoreReader] = []
+    sizes: list[np.ndarray | None] = []
     for path in paths:
         files = expand_path(str(path))
         if file_kind(files[0]) is not FileKind.store:
@@ -279,7 +383,15 @@ def open_dataset(
                 check_split_key(store, split_key)
             stores.append(store)
             sizes.append(_sizes(store, cache, options, num_workers))
-    dataset = StructureDataset(stores, np.concatenate(sizes))
+    task_names = PrepareReport.join(PrepareReport.of_store(store) for store in stores).tasks
+    dataset = StructureDataset(
+        stores,
+        task_names,
+        partial(_opened_rows, stores, sizes, task_names),
+        at_most=sum(map(len, stores)),
+        cache=cache,
+        key=[pairwise_cutoff, three_body_cutoff, *(_state_of(store) for store in stores)],
+    )
     where = ", ".join(map(str, paths))
     if not len(dataset):
         raise ValueError(f"{where}: no structure at all")
@@ -314,17 +426,16 @@ def _prepare_into_cache(
     return output
 
 
-def _sizes(store: StoreReader, cache: Path, options: PrepareOptions, num_workers: int) -> np.ndarray:
-    """Sizes under the wanted cutoffs: those of the store, or counted once and kept beside the cached stores."""
+def _sizes(store: StoreReader, cache: Path, options: PrepareOptions, num_workers: int) -> np.ndarray | None:
+    """Sizes under the wanted cutoffs, counted once and kept beside the cached stores; None for those of the store."""
     cutoffs = (options.pairwise_cutoff, options.three_body_cutoff)
     if not len(store) or (store.attributes["pairwise_cutoff"], store.attributes["three_body_cutoff"]) == cutoffs:
-        return store.column("size").reshape(-1, 3)
-    stat = store.path.stat()
-    name = f"{os.path.realpath(store.path)} {stat.st_size} {stat.st_mtime_ns} {cutoffs}"
+        return None
+    name = f"{' '.join(map(str, _state_of(store)))} {cutoffs}"
     kept = cache / f"{store.path.stem}-{hashlib.sha256(name.encode()).hexdigest()[:16]}.sizes.npy"
     if not kept.exists():
         logger.info("%s: counting edges and angles within %g and %g A", store.path, *cutoffs)
-        ranges = [(start, min(start + COPY_RECORDS, len(store))) for start in range(0, len(store), COPY_RECORDS)]
+        ranges = [(part.start, part.stop) for part in blocks(len(store), COPY_RECORDS)]
         counted = np.concatenate(
             list(map_in_order(partial(_count, store=store, cutoffs=cutoffs), ranges, num_workers=num_workers))
         )
@@ -333,7 +444,13 @@ def _sizes(store: StoreReader, cache: Path, options: PrepareOptions, num_workers
         with open(partial_file, "wb") as file:
             np.save(file, counted)
         os.replace(partial_file, kept)
-    return np.load(kept)
+    return np.load(kept, mmap_mode="r")
+
+
+def _state_of(store: StoreReader) -> list[Any]:
+    """Which file it is, and in which state."""
+    stat = store.path.stat()
+    return [os.path.realpath(store.path), stat.st_size, stat.st_mtime_ns]
 
 
 def _count(records: tuple[int, int], store: StoreReader, cutoffs: tuple[float, float]) -> np.ndarray:
@@ -418,15 +535,22 @@ class Collate:
         )
 
 
-def label_totals(dataset: StructureDataset, indices: np.ndarray) -> LabelTotals:
-    """Denominators of the loss terms over the global batch `indices`; needs no communication."""
-    presence, num_atoms = dataset.label_presence, dataset.sizes[indices, 0]
+def label_totals(dataset: StructureDataset, indices: np.ndarray | None = None) -> LabelTotals:
+    """Denominators of the loss terms over the global batch `indices`, or over all; needs no communication."""
+    presence, num_atoms = dataset.label_presence, dataset.sizes[:, 0]
+    structures, atoms = dict.fromkeys(LABEL_NAMES, 0.0), dict.fromkeys(LABEL_NAMES, 0.0)
+    for part in blocks(len(dataset)) if indices is None else (indices,):
+        of_each = num_atoms[part]
+        for name in LABEL_NAMES:
+            present = getattr(presence, name)[part]
+            structures[name] += float(present.sum())
+            atoms[name] += float(of_each[present].sum())
     return LabelTotals(
-        energy_structures=float(presence.energy[indices].sum()),
-        forces_structures=float(presence.forces[indices].sum()),
-        forces_atoms=float(num_atoms[presence.forces[indices]].sum()),
-        stress_structures=float(presence.stress[indices].sum()),
-        magmoms_atoms=float(num_atoms[presence.magmoms[indices]].sum()),
+        energy_structures=structures["energy"],
+        forces_structures=structures["forces"],
+        forces_atoms=atoms["forces"],
+        stress_structures=structures["stress"],
+        magmoms_atoms=atoms["magmoms"],
     )
 
 

@@ -6,15 +6,13 @@ killed run has finished is therefore whole, and the next run with the same input
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,6 +20,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from janus.data.exclusive import exclusive
 from janus.data.parallel_map import map_in_order
 from janus.data.store import VERSION, StoreReader, StoreWriter
 from matris.data.frames import FrameBlock, expand_path, iter_blocks, read_block, refuse_idle_keys
@@ -75,12 +74,14 @@ class PrepareReport:
         num_frames: structures in the store.
         sources: per label, how many frames had it under which key.
         keys: every key that any frame has.
+        tasks: names of levels of theory that the structures have, sorted.
         problems: frames left out, with the reason; empty unless `strict` was off.
     """
 
     num_frames: int
     sources: dict[str, dict[str, int]]
     keys: tuple[str, ...]
+    tasks: tuple[str, ...]
     problems: tuple[str, ...]
 
     @staticmethod
@@ -88,16 +89,24 @@ class PrepareReport:
         """Of all parts together."""
         num_frames = 0
         keys: set[str] = set()
+        tasks: set[str] = set()
         problems: list[str] = []
         counters = {name: Counter[str]() for name in LABEL_NAMES}
         for report in reports:
             num_frames += report.num_frames
             keys |= set(report.keys)
+            tasks |= set(report.tasks)
             problems += report.problems
             for name, counts in report.sources.items():
                 counters[name].update(counts)
         sources = {name: dict(counts) for name, counts in counters.items()}
-        return PrepareReport(num_frames=num_frames, sources=sources, keys=tuple(sorted(keys)), problems=tuple(problems))
+        return PrepareReport(
+            num_frames=num_frames,
+            sources=sources,
+            keys=tuple(sorted(keys)),
+            tasks=tuple(sorted(tasks)),
+            problems=tuple(problems),
+        )
 
     @staticmethod
     def of_store(reader: StoreReader) -> PrepareReport:
@@ -107,6 +116,7 @@ class PrepareReport:
             num_frames=report["num_frames"],
             sources=report["sources"],
             keys=tuple(report["keys"]),
+            tasks=tuple(report["tasks"]),
             problems=tuple(report["problems"]),
         )
 
@@ -151,7 +161,7 @@ def prepare(
     check_writable(output.parent)
     output.parent.mkdir(parents=True, exist_ok=True)
     if not output.exists():
-        with _exclusive(output.with_name(output.name + ".parts"), wait) as parts:
+        with exclusive(output.with_name(output.name + ".parts"), wait=wait) as parts:
             if not output.exists():  # another process may have finished it while this one waited
                 _prepare_parts(files, output, parts, options, fingerprint, num_workers, progress, strict, option_prefix)
             shutil.rmtree(parts)
@@ -250,6 +260,7 @@ def _write_part(part: tuple[Path, FrameBlock], options: PrepareOptions, strict: 
     records: list[dict[str, Any]] = []
     problems: list[str] = []
     keys: set[str] = set()
+    tasks: set[str] = set()
     sources = {name: Counter[str]() for name in LABEL_NAMES}
     for frame in read_block(block, options.keys, options.task, options.split_key):
         try:
@@ -270,12 +281,14 @@ def _write_part(part: tuple[Path, FrameBlock], options: PrepareOptions, strict: 
             problems.append(str(error))
             continue
         keys |= frame.keys
+        tasks.add(frame.sample.task)
         for name, source in frame.sources.items():
             sources[name][source] += 1
     report = PrepareReport(
         num_frames=len(records),
         sources={name: dict(counts) for name, counts in sources.items()},
         keys=tuple(sorted(keys)),
+        tasks=tuple(sorted(tasks)),
         problems=tuple(problems),
     )
     with StoreWriter(path, FIELDS) as writer:
@@ -299,40 +312,6 @@ def _fingerprint(files: list[str], options: PrepareOptions, strict: bool) -> str
     """Of inputs (path, size, time of change), options, and the format of stores."""
     stats = [(os.path.realpath(file), os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
     return hashlib.sha256(json.dumps([VERSION, stats, asdict(options), strict]).encode()).hexdigest()
-
-
-@contextmanager
-def _exclusive(folder: Path, wait: bool) -> Iterator[Path]:
-    """The folder, made if needed, for this process alone; the lock ends with the process, however it ends."""
-    while True:
-        # Not with `exist_ok`, which raises where the process before removes the folder while it looks again.
-        with suppress(FileExistsError):
-            folder.mkdir()
-        try:
-            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        except FileNotFoundError:  # the process before removed it in between
-            continue
-        try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if not wait:
-                    raise ValueError(f"{folder}: another process is preparing this store; wait for it") from None
-                logger.info("waiting for another process that prepares %s", folder)
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-            # The process before may have finished and removed the folder that this lock is on.
-            if _is_still(folder, descriptor):
-                yield folder
-                return
-        finally:
-            os.close(descriptor)
-
-
-def _is_still(folder: Path, descriptor: int) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(folder))
-    except FileNotFoundError:
-        return False
 
 
 def _log(report: PrepareReport, keys: LabelKeys) -> None:

@@ -7,10 +7,14 @@ from pathlib import Path
 
 import ase.db
 import ase.io
+import numpy as np
 import pytest
+from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
 
+from janus.data.store import StoreWriter
 from matris.config import ModelConfig
-from matris.data.dataset import open_dataset
+from matris.data.dataset import ROW, open_dataset
 from tests.matris.data.frames_of import copper
 from tools.bench import loader
 
@@ -32,9 +36,32 @@ def test_all_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert found["reading"]["store_over_ase_db"]["median"] > 0.0
     assert all(plan["largest_over_mean"] == pytest.approx(plan["at_least"]) for plan in found["packing"])
     assert 0.0 <= found["waiting"]["0"]["second_half"] <= 1.0
-    # 3 sizes and the number of the task of 8 bytes each, and whether there are 4 labels.
-    assert [row["kept_bytes_per_record"] for row in found["memory"]] == [36.0]
+    assert [row["shared_bytes_per_record"] for row in found["memory"]] == [0.0]  # a small data set
     assert [row["records"] for row in found["memory"]] == [12]
+
+
+def test_memory_does_not_grow_with_the_data_set(tmp_path: Path) -> None:
+    """Of a rank that opens a large data set, plans batches and reads: what is known of each record is in a file."""
+    atoms = Atoms("Cu", positions=np.zeros((1, 3)))
+    atoms.calc = SinglePointCalculator(atoms, energy=-1.0)
+    ase.io.write(tmp_path / "data.xyz", [atoms] * 1500, format="extxyz")
+    cutoffs = {"pairwise_cutoff": 2.0, "three_body_cutoff": 2.0}
+    (reader,) = open_dataset([tmp_path / "data.xyz"], **cutoffs, cache_dir=tmp_path / "cache").stores
+    found = []
+    for copies in (100, 400):
+        store = tmp_path / f"{copies}.h5"
+        with StoreWriter(store, reader.fields) as writer:
+            for _ in range(copies):
+                writer.append_store(reader)
+            writer.finish(reader.attributes)
+        found.append(loader.measure_memory(store, tmp_path / f"cache_{copies}"))
+    few, many = found
+    assert (few["records"], many["records"]) == (150_000, 600_000)
+    assert few["shared_bytes_per_record"] == many["shared_bytes_per_record"] == ROW.itemsize == 40
+    # A byte of each record; its place in an order would be 8.
+    assert many["opened_bytes"] - few["opened_bytes"] < 450_000
+    # HDF5 keeps what it has read of its indices, up to a limit.
+    assert many["after_reading_bytes"] - few["after_reading_bytes"] < 8 * 450_000
 
 
 def test_store_and_ase_db_hold_the_same(tmp_path: Path) -> None:

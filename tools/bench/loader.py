@@ -9,9 +9,9 @@ labels asked of the atoms, and without asking; and from a store as micro-batches
 these structures alone, the store all.
 Packing: global batches of all data over 64 ranks; the largest load over the mean, and what it is at least, since
 structures are whole. Waiting: the column `data_wait` of a short training run. Memory: what a process of its own has
-private, beyond its imports, with the data set open and after reading at random; of copies of the data, one after the
-other in a store. Of each record sizes, labels that there are, and task are kept (`kept_bytes_per_record`);
-what HDF5 caches is bounded.
+private, beyond its imports, with the data set open and batches planned, and after reading at random; of copies of the
+data, one after the other in a store. A first process writes what is shared by all, another one is measured: of each
+record `shared_bytes_per_record` are in a file that all map, or, of small data sets, with each. HDF5's cache is bounded.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.db import connect
 from ase.stress import full_3x3_to_voigt_6_stress
 
+from janus.data.loader import StepLoader
 from janus.data.packing import Budget, plan_micro_batches
 from janus.data.sampler import GlobalBatchSampler
 from janus.data.store import StoreReader, StoreWriter
@@ -51,6 +52,8 @@ from tools.bench.report import add_output, at_least, run, write_report
 _RANKS = 64
 _READS = 2000
 """Of structures at random, after which the memory is read."""
+_PLANS = 20
+"""Of global batches, before."""
 
 
 def main(words: list[str] | None = None) -> int:
@@ -250,41 +253,49 @@ def _memory(dataset: StructureDataset, copies: int, folder: Path) -> dict[str, f
         for _ in range(copies):
             writer.append_store(reader)
         writer.finish(reader.attributes)
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
-        kept, opened, read = pool.apply(partial(_measured, str(store)))
-    records = copies * len(reader)
+    return measure_memory(store, folder / f"cache_{copies}")
+
+
+def measure_memory(store: Path, cache: Path) -> dict[str, float]:
+    """Of a process of its own that opens and reads a store which another one has opened before."""
+    records = len(_opened(StoreReader(store), cache))
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        opened, read = pool.apply(_measured, (store, cache))
     return {
         "records": records,
         "store_bytes": store.stat().st_size,
+        "shared_bytes_per_record": sum(file.stat().st_size for file in cache.glob("*.rows")) / records,
         "opened_bytes": opened,
-        "kept_bytes_per_record": kept / records,
         "after_reading_bytes": read,
     }
 
 
-def _measured(store: str) -> tuple[int, int, int]:
-    """Bytes of the data set's arrays, private bytes that opening it adds, and that reading adds beside."""
+def _opened(reader: StoreReader, cache: Path) -> StructureDataset:
+    """With the counts that the store has."""
+    cutoffs = {name: reader.attributes[name] for name in ("pairwise_cutoff", "three_body_cutoff")}
+    return open_dataset([str(reader.path)], cache_dir=cache, **cutoffs)
+
+
+def _measured(store: Path, cache: Path) -> tuple[int, int]:
+    """Private bytes that opening and planning adds, and that reading adds beside."""
     warm = StoreReader(store)  # h5py's own
     warm[0]
     before = _private_bytes()
-    attributes = warm.attributes
-    dataset = open_dataset(
-        [store],
-        pairwise_cutoff=attributes["pairwise_cutoff"],
-        three_body_cutoff=attributes["three_body_cutoff"],
-    )
+    dataset = _opened(warm, cache)
+    sampler = GlobalBatchSampler(len(dataset), global_batch_size=min(_RANKS, len(dataset)))
+    loader = StepLoader(dataset, sampler, list, num_steps=_PLANS, world_size=_RANKS)
+    for step in range(_PLANS):
+        loader.plan(step)
     opened = _private_bytes()
     for index in np.random.default_rng(0).integers(0, len(dataset), _READS):
         dataset[int(index)]
-    presence = vars(dataset.label_presence).values()
-    kept = sum(array.nbytes for array in (dataset.sizes, dataset.task_index, *presence))
-    return kept, opened - before, _private_bytes() - opened
+    return opened - before, _private_bytes() - opened
 
 
 def _private_bytes() -> int:
+    """That are in no file: mapped pages of files count as private where no other process has them at the moment."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Private_"))
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Anonymous:"))
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:

@@ -3,6 +3,7 @@ import pytest
 
 from janus.data.packing import Budget
 from janus.data.sampler import GlobalBatchSampler, SequentialSampler
+from janus.data.shuffle import WHOLE
 
 
 @pytest.mark.parametrize(("num_records", "size"), [(10, 3), (7, 7), (5, 100), (100, 16), (1, 1)])
@@ -41,6 +42,29 @@ def test_global_budget_is_kept_and_used():
     records = np.concatenate([sampler.indices(step) for step in range(last)])
     np.testing.assert_array_equal(np.sort(records), np.arange(300))
     assert sampler.epoch(last) == 1
+
+
+def test_many_records_need_no_table():
+    """Of more records than an order is held for, and more than are computed with at a time."""
+    count = 3 * WHOLE // 2
+    sizes = np.random.default_rng(0).integers(1, 50, (count, 2))
+    budget = Budget(limits=(40_000, None), names=("a", "b"))
+    groups, shares = (count - 1000, 1000), np.array([3.0, 1.0])
+    for options in ({"global_batch_size": 1000}, {"global_budget": budget, "sizes": sizes}):
+        sampler = GlobalBatchSampler(count, seed=1, **options)
+        batches = [sampler.indices(step) for step in range(sampler.first_step(1))]
+        np.testing.assert_array_equal(np.sort(np.concatenate(batches)), np.arange(count))
+        if "sizes" in options:
+            sums = [sizes[batch][:, 0].sum() for batch in batches]
+            following = [sizes[batch[0], 0] for batch in batches[1:]]
+            assert max(sums) <= 40_000
+            assert all(own + first > 40_000 for own, first in zip(sums, following, strict=False))  # none had room
+        drawn = GlobalBatchSampler(count, groups=groups, shares=shares, **options)
+        records = np.concatenate([drawn.indices(step) for step in range(drawn.first_step(1))])
+        times = np.bincount(records, minlength=count)
+        assert times[: count - 1000].sum() == count * 3 // 4
+        assert times[: count - 1000].max() == 1
+        assert times[count - 1000 :].max() - times[count - 1000 :].min() <= 1
 
 
 def test_mistakes_are_refused():

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from janus.data.store import Field, StoreReader, StoreWriter, gather
+from janus.data.store import Field, StoreReader, StoreWriter, gather, overview
 
 FIELDS = (
     Field(name="position", dtype="float64", shape=(3,), axis="atom"),
@@ -59,9 +59,17 @@ def test_round_trip(tmp_path):
         assert_same(reader[i], records[i])
     for got, expected in zip(reader.read(11, 29), records[11:29], strict=True):
         assert_same(got, expected)
-    np.testing.assert_array_equal(reader.mask("energy"), [i % 4 != 0 for i in range(50)])
-    np.testing.assert_array_equal(reader.column("size"), [record["size"] for record in records])
-    np.testing.assert_array_equal(reader.column("position"), np.concatenate([record["position"] for record in records]))
+    columns = reader.columns(0, 50)
+    np.testing.assert_array_equal(columns.masks["energy"], [i % 4 != 0 for i in range(50)])
+    np.testing.assert_array_equal(columns.values["size"], [record["size"] for record in records])
+    np.testing.assert_array_equal(
+        columns.values["position"], np.concatenate([record["position"] for record in records])
+    )
+    ranges = [(reader, 30, 33), (reader, 2, 3), (reader, 7, 9)]
+    fields, masks = overview(ranges, ["size"], ["energy"])
+    chosen = [30, 31, 32, 2, 7, 8]
+    np.testing.assert_array_equal(fields["size"], [records[i]["size"] for i in chosen])
+    assert masks["energy"].tolist() == [i % 4 != 0 for i in chosen]
     assert os.listdir(tmp_path) == ["a.h5"]
     reader.verify()
 
@@ -173,7 +181,7 @@ def test_a_record_is_read_with_one_read_of_each_table(tmp_path, monkeypatch):
     assert len(ranges) == 3  # records, atoms, letters
     reader.read(0, 5)
     assert len(ranges) == 3 + 3
-    gather([(reader, index) for index in (4, 0, 2, 3)])
+    gather([(reader, index, index + 1) for index in (4, 0, 2, 3)])
     assert len(ranges) == 3 + 3 + 4 * 3
 
 
@@ -181,7 +189,7 @@ def test_gathered_records_are_those_that_were_asked_for(tmp_path):
     records = make_records(50)
     first, second = write(tmp_path / "a.h5", records[:20]), write(tmp_path / "b.h5", records[20:])
     chosen = np.random.default_rng(0).permutation(50)
-    columns = gather([(first, int(i)) if i < 20 else (second, int(i) - 20) for i in chosen])
+    columns = gather([(first, i, i + 1) if i < 20 else (second, i - 20, i - 19) for i in chosen.tolist()])
     assert columns.num_records == 50
     for place, (i, atoms, letters) in enumerate(zip(chosen, columns.rows("atom"), columns.rows("letter"), strict=True)):
         own = {"position": atoms, "force": atoms, "energy": place, "size": place, "name": letters}
@@ -195,20 +203,20 @@ def test_gathering_names_the_store_that_is_wrong(tmp_path):
     records = make_records(400)
     good, bad = write(tmp_path / "good.h5", records), write(tmp_path / "bad.h5", records)
     with pytest.raises(IndexError, match=r"400\.\.400 of .*bad\.h5, which has 400"):
-        gather([(good, 0), (bad, 400)])
+        gather([(good, 0, 1), (bad, 400, 401)])
     with pytest.raises(IndexError, match=r"-1\.\.-1 of .*good\.h5"):
-        gather([(good, -1)])
+        gather([(good, -1, 0)])
     number = next(i for i in range(300, 400) if len(records[i]["position"]))
     content = bytearray(bad.path.read_bytes())
     content[content.index(records[number]["position"][0].tobytes()) + 5] ^= 1
     bad.path.write_bytes(content)
     with pytest.raises(ValueError, match=r"bad\.h5: corrupt or truncated"):
-        gather([(good, 0), (StoreReader(bad.path), number)])
+        gather([(good, 0, 1), (StoreReader(bad.path), number, number + 1)])
     with StoreWriter(tmp_path / "other.h5", FIELDS[:-1]) as writer:
         writer.append([{name: value for name, value in records[0].items() if name != "name"}])
         writer.finish({})
     with pytest.raises(ValueError, match=r"other\.h5: its fields differ from those of .*good\.h5"):
-        gather([(good, 0), (StoreReader(tmp_path / "other.h5"), 0)])
+        gather([(good, 0, 1), (StoreReader(tmp_path / "other.h5"), 0, 1)])
 
 
 def test_a_damaged_description_is_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import ase.io
@@ -119,3 +120,63 @@ def test_limits_act_on_both_labels(parts: dict[str, StructureDataset]) -> None:
     assert len(molecules.within(max_force=None, max_stress=1e-9)) == 2
     assert len(molecules.within(max_force=3.4, max_stress=None)) == 0
     assert len(molecules.within(max_force=3.5, max_stress=None)) == 2
+
+
+def test_large_data_sets_share_their_rows(
+    parts: dict[str, StructureDataset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In files that the next process finds, whatever was done with them; and as those of small ones are."""
+
+    cutoffs = {"pairwise_cutoff": 4.0, "three_body_cutoff": 3.0}
+    for name, images in (("many", frames()), ("few", frames()[3:6])):
+        ase.io.write(tmp_path / f"{name}.xyz", images, format="extxyz")
+
+    def made() -> list[StructureDataset]:
+        many, few = (
+            open_dataset([str(tmp_path / f"{name}.xyz")], cache_dir=tmp_path / "cache", **cutoffs)
+            for name in ("many", "few")
+        )
+        within = many.within(max_force=1.0, max_stress=None)
+        rest, aside = many.split(0.3, seed=1)
+        joined = StructureDataset.joined([("c", rest), ("a", few)], NAMES)
+        return [many, few, within, rest, aside, joined, *joined.split(0.25, seed=2)]
+
+    small = made()
+    assert not list(tmp_path.rglob("*.rows"))
+    monkeypatch.setattr("janus.data.shared_rows.SHARED_FROM", 1)
+    large = made()
+    files = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.rows")}
+    assert len(files) == len(large)
+    again = made()
+    assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.rows")} == files
+    for one, other, third in zip(small, large, again, strict=True):
+        read = pickle.loads(pickle.dumps(third))
+        assert len(pickle.dumps(third)) < len(pickle.dumps(one))
+        for dataset in (other, third, read):
+            assert names_of(dataset) == names_of(one)
+            np.testing.assert_array_equal(dataset.sizes, one.sizes)
+            np.testing.assert_array_equal(dataset.task_index, one.task_index)
+            np.testing.assert_array_equal(dataset.column("charge"), one.column("charge"))
+            assert vars(label_totals(dataset)) == vars(label_totals(one))
+    # Other limits, other fractions and other seeds are other files.
+    large[0].within(max_force=0.9, max_stress=None)
+    large[0].split(0.3, seed=3)
+    large[0].split(0.4, seed=1)
+    assert len(list(tmp_path.rglob("*.rows"))) == len(files) + 5
+
+
+def test_records_by_their_task(parts: dict[str, StructureDataset]) -> None:
+    joined = StructureDataset.joined([("b", parts["few"]), ("a", parts["many"])], NAMES)
+    assert joined.task_runs() == [(1, slice(0, 3)), (0, slice(3, 16))]
+    assert list(joined.by_task()) == ["a", "b"]
+    assert names_of(joined.by_task()["b"]) == names_of(joined)[:3]
+    mixed = joined.subset(np.array([0, 5, 1, 6]))
+    assert mixed.task_runs() == [(1, slice(0, 1)), (0, slice(1, 2)), (1, slice(2, 3)), (0, slice(3, 4))]
+    assert names_of(mixed.by_task()["a"]) == [names_of(joined)[index] for index in (5, 6)]
+
+
+def test_totals_of_all_and_elements(parts: dict[str, StructureDataset]) -> None:
+    many = parts["many"]
+    assert vars(label_totals(many)) == vars(label_totals(many, np.arange(len(many))))
+    assert many.elements().tolist() == [1, 6, 8, 29]
+    assert many.subset(np.array([11])).elements().tolist() == [1, 8]

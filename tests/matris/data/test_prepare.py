@@ -177,8 +177,9 @@ def test_missing_labels_are_masked(tmp_path):
     ase.io.write(tmp_path / "a.xyz", images)
     prepare([str(tmp_path / "a.xyz")], tmp_path / "out.h5", PrepareOptions())
     reader = StoreReader(tmp_path / "out.h5")
-    assert reader.mask("energy").tolist() == [True, False, True]
-    assert reader.mask("stress").tolist() == [True, False, False]
+    masks = reader.columns(0, 3).masks
+    assert masks["energy"].tolist() == [True, False, True]
+    assert masks["stress"].tolist() == [True, False, False]
     assert samples_of(reader.columns(1, 2))[0].labels.forces is None
 
 
@@ -215,7 +216,7 @@ time.sleep(0.5)
 """
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     holder.stdout.readline()
-    with pytest.raises(ValueError, match="another process is preparing"):
+    with pytest.raises(ValueError, match="another process is at work there"):
         prepare([str(xyz)], tmp_path / "out.h5", PrepareOptions())
     started = time.monotonic()
     assert prepare([str(xyz)], tmp_path / "out.h5", PrepareOptions(), wait=True).num_frames == 70
