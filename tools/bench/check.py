@@ -35,7 +35,7 @@ from matris.graph.structure import Structure
 from matris.model import MatRIS, Prediction
 from matris.writable import writable_file
 from tools.bench.products import count_flops
-from tools.bench.report import at_least, machine, run, versions, write_report
+from tools.bench.report import BenchHelp, at_least, machine, run, versions, write_report
 
 BASELINE = Path(__file__).resolve().parent / "baseline.json"
 _DENSE = ModelConfig(
@@ -77,7 +77,7 @@ _CONTROL = 768
 
 
 def main(words: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=BenchHelp)
     parser.add_argument("--baseline", type=Path, default=BASELINE, help="JSON file to compare with")
     parser.add_argument("--update", action="store_true", help="write it anew")
     parser.add_argument(

@@ -34,22 +34,22 @@ from matris.layouts import Layout, parse_layout
 from matris.presets import PRESETS
 from matris.setup import Setup, build_setup
 from matris.train_config import DataConfig, TrainConfig, TrainingConfig
-from tools.bench.report import add_output, write_report
+from tools.bench.report import BenchHelp, add_output, write_report
 
 BLOCK = 1 << 24
 
 
 def main() -> None:
     """Prints a markdown table and writes JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=BenchHelp)
     parser.add_argument("--directory", type=Path, required=True, help="on the disk to measure; made, and removed again")
     parser.add_argument("--layout", help="as `janus-matris verify` takes it; by default one process")
-    parser.add_argument("--preset", default="moe-s")
+    parser.add_argument("--preset", default="moe-s", help="of the model that is saved")
     parser.add_argument("--hidden_size", type=int, default=256, help="width instead of the preset's own")
     parser.add_argument("--num_layers", type=int, default=2, help="blocks instead of the preset's own")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of A B B A")
     parser.add_argument("--steps", type=int, default=4, help="timed steps")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", help="as in a run")
     add_output(parser)
     options = parser.parse_args()
     keep_freed_memory()

@@ -25,13 +25,14 @@ from matris.config import Precision
 from matris.exported import StoredModel, without_weights, write_config
 from matris.presets import PRESETS
 from matris.tensor_files import INDEX, files_of, sha256_of, write_index
+from tools.bench.report import BenchHelp
 
 
 def main() -> None:
     """Prints a line of JSON for each conversion."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=BenchHelp)
     parser.add_argument("--directory", type=Path, required=True, help="made, and removed again")
-    parser.add_argument("--preset", choices=PRESETS, default="moe-l")
+    parser.add_argument("--preset", choices=PRESETS, default="moe-l", help="of the model that is converted")
     parser.add_argument("--to", action="append", required=True, help="target of `janus-matris convert`; several")
     parser.add_argument("--one", nargs=2, metavar=("INPUT", "OUTPUT"), help=argparse.SUPPRESS)
     options = parser.parse_args()

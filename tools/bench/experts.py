@@ -25,7 +25,7 @@ from matris.config import ModelConfig
 from matris.graph.build import build_graph
 from matris.graph.structure import Structure
 from matris.presets import PRESETS
-from tools.bench.report import add_output, write_report
+from tools.bench.report import BenchHelp, add_output, write_report
 
 FILES = (
     *("acac/train_300K", "tio2_pbe/train", "s66x8/train", "water_pbe0ts/train", "mp_crystals/train"),
@@ -36,7 +36,7 @@ SITES = ("message", "update")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=BenchHelp)
     parser.add_argument("--data", type=Path, required=True, help="directory of the data sets")
     parser.add_argument("--models", nargs="+", default=["moe-s", "moe-m", "moe-l"], help="presets")
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 512], help="numbers of virtual ranks")

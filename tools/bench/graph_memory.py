@@ -18,11 +18,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tools.bench.report import add_output, write_report
+from tools.bench.report import BenchHelp, add_output, write_report
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=BenchHelp)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 4], help="numbers of ranks to compare")
     parser.add_argument("--repeat", type=int, default=11, help="fcc cells along each axis: 4 n^3 atoms")
     parser.add_argument("--layers", type=int, default=2, help="interaction blocks")

@@ -27,7 +27,7 @@ from janus.ops import attention, expansion, gated_norm, segment, silu  # noqa: E
 from janus.ops.fused import Kernels, using_kernels  # noqa: E402
 from janus.ops.rowwise import map_rows  # noqa: E402
 from janus.training.memory import keep_freed_memory  # noqa: E402
-from tools.bench.report import add_output, at_least, run, write_report  # noqa: E402
+from tools.bench.report import BenchHelp, add_output, at_least, run, write_report  # noqa: E402
 
 LAYER = {"eps": 1e-5, "center": True}
 Call = Callable[[], Any]
@@ -35,12 +35,13 @@ _FREQUENCIES = 7
 
 
 def main(words: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=BenchHelp)
     parser.add_argument("--rows", type=at_least(1), default=19584, help="edges or angles")
     parser.add_argument("--nodes", type=at_least(1), default=1024, help="of which rows are gathered")
     parser.add_argument("--width", type=at_least(1), default=128, help="channels")
-    parser.add_argument("--kernels", nargs="+", choices=("torch", "compiled", "native", "triton"), default=["torch"])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    kernels = ("torch", "compiled", "native", "triton")
+    parser.add_argument("--kernels", nargs="+", choices=kernels, default=["torch"], help="to compare")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where they run")
     parser.add_argument("--calls", type=at_least(1), default=20, help="timed calls of each")
     parser.add_argument("--threads", type=at_least(1), default=2, help="CPU threads")
     add_output(parser)

@@ -47,7 +47,7 @@ from matris.data.records import Sample
 from matris.presets import PRESETS
 from matris.run import run_training
 from matris.train_config import DataConfig, TrainConfig, TrainingConfig
-from tools.bench.report import add_output, at_least, run, write_report
+from tools.bench.report import BenchHelp, add_output, at_least, run, write_report
 
 _RANKS = 64
 _READS = 2000
@@ -58,17 +58,19 @@ _PLANS = 20
 
 def main(words: list[str] | None = None) -> int:
     """Prints and writes JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", nargs="+", required=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=BenchHelp)
+    parser.add_argument("--data", nargs="+", required=True, help="files or folders of structures")
     parser.add_argument("--structures", type=at_least(1), default=500, help="that are read in a turn")
     parser.add_argument("--micro_batch", type=at_least(1), default=16, help="structures that are read at a time")
-    parser.add_argument("--turns", type=at_least(1), default=6)
+    parser.add_argument("--turns", type=at_least(1), default=6, help="of reading, each way once in each")
     parser.add_argument("--copies", type=at_least(1), nargs="+", default=[1, 4, 16], help="of the data, for the memory")
     parser.add_argument("--preset", choices=tuple(PRESETS), default="s", help="of the run that waits for its data")
-    parser.add_argument("--steps", type=at_least(1), default=12)
-    parser.add_argument("--batch_size", type=at_least(1), default=8)
-    parser.add_argument("--num_workers", type=at_least(0), nargs="+", default=[0, 1])
-    parser.add_argument("--cache_dir")
+    parser.add_argument("--steps", type=at_least(1), default=12, help="updates of that run")
+    parser.add_argument("--batch_size", type=at_least(1), default=8, help="structures per update of that run")
+    parser.add_argument(
+        "--num_workers", type=at_least(0), nargs="+", default=[0, 1], help="of that run, one run for each"
+    )
+    parser.add_argument("--cache_dir", help="of what is prepared (default: ~/.cache/janus-matris)")
     add_output(parser, required=True)
     options = parser.parse_args(words)
     hyper = PRESETS[options.preset]

@@ -24,7 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tools.bench.report import add_output, at_least, run, write_report
+from tools.bench.report import BenchHelp, add_output, at_least, run, write_report
 
 LAYOUTS = ("dp2", "fsdp2", "fsdp2-keep", "gp2", "tp2")
 EXPERT_LAYOUTS = ("ep2", "ep2-home")
@@ -32,7 +32,7 @@ EXPERT_LAYOUTS = ("ep2", "ep2-home")
 
 
 def main(words: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=BenchHelp)
     parser.add_argument(
         "--layouts", nargs="+", choices=[*LAYOUTS, *EXPERT_LAYOUTS], default=list(LAYOUTS), help="what to measure"
     )

@@ -17,6 +17,17 @@ from matris.writable import writable_file
 PACKAGES = ("torch", "numpy", "ase", "h5py", "megatron-core")
 
 
+class BenchHelp(argparse.RawDescriptionHelpFormatter):
+    """`formatter_class` of every benchmark: its description as written, and behind each option's text its default."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        # argparse's own formatter of defaults also names None and False, and lists as Python writes them.
+        if action.default is None or action.default is False or action.default == argparse.SUPPRESS:
+            return action.help
+        words = action.default if isinstance(action.default, (list, tuple)) else [action.default]
+        return f"{action.help} (default: {' '.join(map(str, words))})"
+
+
 def add_output(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
     """The option `--output`, refused before the work where its directory is missing."""
     parser.add_argument("--output", type=writable_file, required=required, metavar="PATH", help="JSON file to write")

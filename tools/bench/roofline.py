@@ -52,7 +52,7 @@ from matris.loss import force_matching_loss
 from matris.model import RECOMPUTE_BYTES, MatRIS
 from matris.precision import set_precision
 from matris.presets import PRESETS
-from tools.bench.report import add_output, at_least, run, write_report
+from tools.bench.report import BenchHelp, add_output, at_least, run, write_report
 from tools.bench.report import machine as this_machine
 
 FORMATS: dict[str, tuple[Format, int]] = {
@@ -90,16 +90,17 @@ def main(words: list[str] | None = None) -> int:
 
 def parsed(words: list[str]) -> argparse.Namespace:
     """The options; ends the program where they are wrong."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, default="m")
-    parser.add_argument("--precision", choices=FORMATS, default="fp32")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=BenchHelp)
+    parser.add_argument("--preset", choices=PRESETS, default="m", help="of the model")
+    parser.add_argument("--precision", choices=FORMATS, default="fp32", help="as in `training`")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of all ranks")
     parser.add_argument("--cells", type=at_least(1), default=2, help="of rock salt along each axis, 8 n^3 atoms")
     parser.add_argument("--data", nargs="+", help="structures in place of rock salt")
     parser.add_argument("--structures", type=at_least(1), help="of the data, for each rank (default: 8)")
-    parser.add_argument("--cache_dir")
-    parser.add_argument("--recompute", choices=("none", "selective", "all", "full"), default="selective")
-    parser.add_argument("--kernels", choices=("torch", "compiled", "native", "triton"), default="torch")
+    parser.add_argument("--cache_dir", help="of what is prepared (default: ~/.cache/janus-matris)")
+    policies, kernels = ("none", "selective", "all", "full"), ("torch", "compiled", "native", "triton")
+    parser.add_argument("--recompute", choices=policies, default="selective", help="as in `training`")
+    parser.add_argument("--kernels", choices=kernels, default="torch", help="as in `training`")
     parser.add_argument("--threads", type=at_least(1), default=1, help="of a rank on CPU")
     parser.add_argument("--ranks", type=at_least(1), default=1, help="processes that share the sum of the gradients")
     parser.add_argument("--steps", type=at_least(1), default=5, help="timed ones, after one that is not")

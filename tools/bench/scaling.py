@@ -22,7 +22,7 @@ from typing import Any
 
 from matris.presets import PRESETS
 from matris.writable import writable_file
-from tools.bench.report import add_output, at_least, run, write_report
+from tools.bench.report import BenchHelp, add_output, at_least, run, write_report
 
 LEDGER_LAYOUTS = (
     {},
@@ -33,6 +33,7 @@ LEDGER_LAYOUTS = (
     {"shard": 16},
 )
 LEDGER_RANKS = (16, 64, 256, 1024, 4096, 16_384)
+TWO_RANK_LAYOUTS = ("dp2", "fsdp2", "fsdp2-keep", "gp2", "tp2")
 MODELS = ("moe-s", "moe-m", "moe-l")
 RANKS = (*(8 * 2**power for power in range(13)), 45_056)
 PAPER = {"weak": (0.90, 0.94), "strong": (0.51, 0.54)}
@@ -41,16 +42,18 @@ PAPER = {"weak": (0.90, 0.94), "strong": (0.51, 0.54)}
 
 def main(words: list[str] | None = None) -> int:
     """Prints tables, and writes JSON and a picture where asked to."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    verbs = parser.add_subparsers(dest="verb", required=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=BenchHelp)
+    verbs = parser.add_subparsers(dest="verb", required=True, help="each has a --help of its own")
     ledger = verbs.add_parser("ledger", help="calls and bytes of one rank of very many")
-    ledger.add_argument("--ranks", type=at_least(1), nargs="+", default=list(LEDGER_RANKS))
+    ledger.add_argument("--ranks", type=at_least(1), nargs="+", default=list(LEDGER_RANKS), help="of a launch")
     for name in ("primitives", "predict"):
         two = verbs.add_parser(name, help="two pinned ranks on this machine")
         two.add_argument("--largest_mb", type=float, default=16.0, help="of the messages")
         two.add_argument("--repeats", type=at_least(1), default=15, help="of each measurement")
     two = verbs.choices["predict"]
-    two.add_argument("--layouts", nargs="+", choices=("dp2", "fsdp2", "fsdp2-keep", "gp2", "tp2"))
+    two.add_argument(
+        "--layouts", nargs="+", choices=TWO_RANK_LAYOUTS, default=list(TWO_RANK_LAYOUTS), help="to predict and measure"
+    )
     for name, default, text in (
         ("layers", 3, "interaction blocks"),
         ("width", 64, "feature width"),
@@ -62,15 +65,16 @@ def main(words: list[str] | None = None) -> int:
     two.set_defaults(experts=0)
     project = verbs.add_parser("project", help="weak and strong scaling")
     project.add_argument("--machine", default="h100", help="as for janus-matris plan")
-    project.add_argument("--models", nargs="+", choices=tuple(PRESETS), default=list(MODELS))
-    project.add_argument("--ranks", type=at_least(1), nargs="+", default=list(RANKS))
+    project.add_argument("--models", nargs="+", choices=tuple(PRESETS), default=list(MODELS), help="presets")
+    project.add_argument("--ranks", type=at_least(1), nargs="+", default=list(RANKS), help="GPUs")
     project.add_argument("--per_rank", type=at_least(1), default=4, help="structures of a rank, weak scaling")
     project.add_argument(
         "--strong_batch", type=at_least(1), default=8192, help="structures of all ranks, strong scaling"
     )
-    project.add_argument("--precision", choices=("fp32", "tf32", "bf16-mixed"), default="fp32")
+    project.add_argument("--precision", choices=("fp32", "tf32", "bf16-mixed"), default="fp32", help="of the training")
     project.add_argument("--plot", type=writable_file, metavar="PATH", help="PNG to write")
     for verb in verbs.choices.values():
+        verb.formatter_class = BenchHelp
         add_output(verb)
     options = parser.parse_args(words)
     report = {"ledger": _ledger, "primitives": _primitives, "predict": _predict, "project": _project}[options.verb](
@@ -150,7 +154,6 @@ def _predict(options: argparse.Namespace) -> dict[str, Any]:
 
     if len(os.sched_getaffinity(0)) < 2:
         raise SystemExit("two CPUs are needed, one for each rank")
-    options.layouts = options.layouts or ["dp2", "fsdp2", "fsdp2-keep", "gp2", "tp2"]
     machine = _primitives(options)
     return {"primitives": machine} | two_ranks.predict(options, machine)
 

@@ -52,9 +52,9 @@ LAUNCHED = ["bash", "-c", 'source "$0"; exec "$@"', str(ROOT / "examples" / "all
 
 
 def main() -> int:
-    from tools.bench.report import add_output, write_report  # not where the reference runs
+    from tools.bench.report import BenchHelp, add_output, write_report  # not where the reference runs
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=BenchHelp)
     parser.add_argument("--reference_python", required=True, help="python of an environment with PyPI matris 0.1.0")
     parser.add_argument(
         "--systems",

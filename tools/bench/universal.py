@@ -34,7 +34,7 @@ import ase.io
 import numpy as np
 import yaml
 
-from tools.bench.report import add_output, write_report
+from tools.bench.report import BenchHelp, add_output, write_report
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 EXAMPLE = ROOT / "examples" / "universal_mini.yaml"
@@ -83,7 +83,7 @@ def main() -> int:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=BenchHelp)
     parser.add_argument("--data", type=Path, required=True, help="folder with acac, mlearn_Li, ... in it")
     parser.add_argument("--work", type=Path, required=True, help="folder for subsets and runs")
     add_output(parser, required=True)
@@ -93,7 +93,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--subset_atoms", type=int, help="atoms of a task's training structures together, at most")
     parser.add_argument("--test_subset", type=int, help="structures of each test file, at most")
     parser.add_argument("--cutoffs", type=float, nargs=2, default=[6.0, 4.5], help="of pairs and angles, A")
-    parser.add_argument("--runs", nargs="+", help="which of shared, dense, single-acac, ... [default: all]")
+    parser.add_argument("--runs", nargs="+", help="which of shared, dense, single-acac, ... (default: all)")
     options = parser.parse_args()
     if not options.output.parent.is_dir():
         parser.error(f"--output {options.output}: no directory {options.output.parent}")

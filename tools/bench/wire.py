@@ -17,7 +17,7 @@ from matris.config import LossConfig
 from matris.presets import PRESETS
 from matris.train_config import DataConfig, ParallelConfig, TrainConfig, TrainingConfig
 from matris.verify import compare, measure
-from tools.bench.report import add_output, write_report
+from tools.bench.report import BenchHelp, add_output, write_report
 
 KINDS = ("energy", "forces", "stress", "energy_gradient", "forces_gradient", "stress_gradient", "weights")
 LAYOUTS = {
@@ -29,10 +29,10 @@ LAYOUTS = {
 
 def main() -> None:
     """Prints a markdown table and writes JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", nargs="+", required=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=BenchHelp)
+    parser.add_argument("--data", nargs="+", required=True, help="files or folders of structures")
     parser.add_argument("--batch_size", type=int, default=16, help="structures of the batch")
-    parser.add_argument("--cache_dir")
+    parser.add_argument("--cache_dir", help="of what is prepared (default: ~/.cache/janus-matris)")
     add_output(parser, required=True)
     options = parser.parse_args()
     with join_ranks("cpu") as launch:
