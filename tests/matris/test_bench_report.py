@@ -105,6 +105,30 @@ def test_largest_batch_where_a_guess_was_far_too_large() -> None:
     assert "| full | 39 | 1.0 x | 1039 | a tenth over the limit and more |" in step._table_of_largest(found)
 
 
+def test_step_of_ours_alone(tmp_path: Path) -> None:
+    output = tmp_path / "step.json"
+    words = f"--without_reference --systems nacl:1 --layers 1 --width 8 --steps 1 --threads 1 --output {output}"
+    assert step.main(words.split()) == 0
+    found = json.loads(output.read_text())
+    assert found["versions"].keys() == {"ours"}
+    assert found["systems"][0]["relative_difference"] == {}
+    assert len(found["systems"][0]["sides"]["default"]["times_s"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "--reference_python --without_reference is required"),
+        (["--reference_python", "python", "--without_reference"], "not allowed with argument --reference_python"),
+        (["--reference_python", "none/python"], "--reference_python none/python: no such program"),
+    ],
+)
+def test_step_with_or_without_the_reference(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        step.main(words)
+    assert message in capsys.readouterr().err
+
+
 def test_no_batch_is_small_enough() -> None:
     options = argparse.Namespace(largest=1.0, without_reference=False, variants=["full"])
     with pytest.raises(SystemExit, match="two cells take more than --largest 1 GiB"):

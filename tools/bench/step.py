@@ -15,7 +15,11 @@ launcher, runs as it does by default.
 
     python -m tools.bench.step --reference_python PYTHON --largest 20 --variants default full
 
-looks instead for the largest batch of 8-atom cells whose step stays within so many GiB, on each side.
+looks instead for the largest batch of 8-atom cells whose step stays within so many GiB, on each side. And
+
+    python -m tools.bench.step --without_reference --variants default native
+
+compares variants of ours with each other, from new weights of the same sizes, and needs no other environment.
 """
 
 from __future__ import annotations
@@ -51,11 +55,14 @@ LAUNCHED = ["bash", "-c", 'source "$0"; exec "$@"', str(ROOT / "examples" / "all
 """Before a command: as examples/pretrain_matris.sh starts it."""
 
 
-def main() -> int:
+def main(words: list[str] | None = None) -> int:
+    """Prints a markdown table, and writes JSON where asked to."""
     from tools.bench.report import BenchHelp, add_output, write_report  # not where the reference runs
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=BenchHelp)
-    parser.add_argument("--reference_python", required=True, help="python of an environment with PyPI matris 0.1.0")
+    control = parser.add_mutually_exclusive_group(required=True)
+    control.add_argument("--reference_python", help="python of an environment with PyPI matris 0.1.0")
+    control.add_argument("--without_reference", action="store_true", help="time ours alone, from new weights")
     parser.add_argument(
         "--systems",
         nargs="+",
@@ -64,9 +71,6 @@ def main() -> int:
         "molecules of ethanol (molecules:N)",
     )
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["default"], help="of ours")
-    parser.add_argument(
-        "--without_reference", action="store_true", help="time ours alone, with the reference's weights"
-    )
     parser.add_argument("--layers", type=int, default=6, help="interaction blocks of the released-like model")
     parser.add_argument("--width", type=int, default=128, help="feature width")
     parser.add_argument("--three_body_cutoff", type=float, default=4.5, help="of angles, Angstrom")
@@ -83,8 +87,8 @@ def main() -> int:
         "--as_launched", action="store_true", help="ours with the allocator of examples/pretrain_matris.sh"
     )
     add_output(parser)
-    options = parser.parse_args()
-    if shutil.which(options.reference_python) is None:
+    options = parser.parse_args(words)
+    if not options.without_reference and shutil.which(options.reference_python) is None:
         parser.error(
             f"--reference_python {options.reference_python}: no such program; name the python of that environment"
         )
@@ -152,7 +156,8 @@ def _sides(options: argparse.Namespace) -> list[str]:
 
 def _largest(options: argparse.Namespace, work: _Workers) -> dict[str, Any]:
     """For each side the largest number of cells within the memory, the memory there and with one cell more."""
-    work("reference", "predict", "nacl:1")  # leaves the weights of both sides
+    if not options.without_reference:
+        work("reference", "predict", "nacl:1")  # leaves the weights of both sides
     results, limit = {}, 1024.0 * options.largest
     for side in _sides(options):
         peaks: dict[int, float] = {}
@@ -204,20 +209,17 @@ def _compare(options: argparse.Namespace, work: _Workers) -> dict[str, Any]:
     sides = _sides(options)
     found, versions = [], {}
     for system in options.systems:
-        # Where the reference is not timed, its weights and labels are those of the smallest system.
-        expected = work("reference", "predict", system if not options.without_reference else "nacl:1")
-        ours = work("ours", "predict", system, labelled=not options.without_reference)
-        versions = {"reference": expected["versions"], "ours": ours["versions"]}
-        difference = {}
-        if not options.without_reference:
-            difference = {name: _relative(ours[name], expected[name]) for name in TOLERANCE}
+        labelled = not options.without_reference  # by the reference, which leaves the weights of both sides too
+        expected = work("reference", "predict", system) if labelled else {}
+        ours = work("ours", "predict", system, labelled=labelled)
+        versions = {side: facts["versions"] for side, facts in {"reference": expected, "ours": ours}.items() if facts}
+        difference = {name: _relative(ours[name], expected[name]) for name in TOLERANCE if labelled}
         for name, value in difference.items():
             if not value <= TOLERANCE[name]:
                 raise SystemExit(f"{system}: {name} differs by {value:.1e}, allowed {TOLERANCE[name]:.0e}")
         runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
         for side in [*sides, *reversed(sides)] * options.rounds:
             print(f"{system}: timing {side}", file=sys.stderr)
-            labelled = not options.without_reference
             runs[side].append(work.time(side, system, steps=options.steps, labelled=labelled))
         results = {side: _summary(entries) for side, entries in runs.items()}
         control = results[sides[0]]
@@ -461,21 +463,17 @@ def _our_side(settings: dict[str, Any], *, predict: bool) -> tuple[Callable[[], 
     from janus.optim.adamw import AdamWConfig, build_adamw
     from janus.training.memory import keep_freed_memory
     from matris.config import LossConfig
-    from matris.exported import load_model, num_parameters
+    from matris.exported import num_parameters
     from matris.graph.batch import LabelTotals, collate_graphs, collate_labels
     from matris.graph.build import build_graph
     from matris.graph.structure import Labels, Structure
     from matris.loss import force_matching_loss
     from matris.model import MatRIS
-    from matris.reference import convert_reference
 
     keep_freed_memory()
     variant = settings.get("variant", "default")
     use_kernels(variant if variant in ("compiled", "native") else "torch", torch.device("cpu"))
-    directory = Path(settings["directory"])
-    if not (directory / "model").exists():
-        convert_reference(directory / "reference.pth.tar", directory / "model")
-    model = load_model(directory / "model")
+    model = _our_model(settings)
     if settings.get("smooth"):
         smooth = MatRIS(dataclasses.replace(model.hyper, smooth_attention=True))
         smooth.load_state_dict(model.state_dict())
@@ -505,7 +503,7 @@ def _our_side(settings: dict[str, Any], *, predict: bool) -> tuple[Callable[[], 
         facts["forces"] = result.forces.tolist()
         facts["stress"] = result.stress.tolist()
     if settings.get("labelled", True):
-        target = dict(np.load(directory / f"labels_{settings['system']}.npz"))
+        target = dict(np.load(Path(settings["directory"]) / f"labels_{settings['system']}.npz"))
     else:
         target = {"energy": np.zeros(len(counts)), "forces": np.zeros((sum(counts), 3))}
         target["stress"] = np.zeros((len(counts), 3, 3))
@@ -541,6 +539,29 @@ def _our_side(settings: dict[str, Any], *, predict: bool) -> tuple[Callable[[], 
         optimizer.step()
 
     return step, {**facts, **_finish(optimizer, parameters, loss())} if predict else facts
+
+
+def _our_model(settings: dict[str, Any]) -> Any:
+    """With the weights that the reference left, or where it takes no part with new ones of the same sizes."""
+    from matris.config import ModelConfig
+    from matris.exported import load_model
+    from matris.model import MatRIS
+    from matris.reference import convert_reference
+
+    checkpoint, converted = (Path(settings["directory"]) / name for name in ("reference.pth.tar", "model"))
+    if not checkpoint.exists():
+        width = settings["width"]
+        config = ModelConfig(
+            num_layers=settings["layers"],
+            hidden_size=width,
+            three_body_cutoff=settings["three_body_cutoff"],
+            readout_hidden_sizes=(2 * width, width, width),
+            smooth_attention=False,
+        )
+        return MatRIS(config, seed=0)
+    if not converted.exists():
+        convert_reference(checkpoint, converted)
+    return load_model(converted)
 
 
 if __name__ == "__main__":
