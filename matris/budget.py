@@ -180,6 +180,7 @@ def _needs(model: MatRIS, policy: str, sizes: np.ndarray, available: float) -> _
             itemsize=8 if model.precision is Precision.fp64 else 4,
             bf16=model.precision is Precision.bf16_mixed,
             kernels=kernels_in_use(),
+            expert_ranks=model.mesh.expert.size,
         )
 
     # Small results are kept, so small micro-batches need no more than if all were.

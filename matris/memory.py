@@ -7,6 +7,11 @@ the edges' tokens come on top, in rows of `moe_router_topk` times the hidden wid
 programs: they were fitted to exact counts of living tensor bytes over widths, depths and shapes of graphs, and
 `tests/matris/test_memory.py` counts again, elsewhere, and allows a tenth.
 
+With full recomputation a block keeps three rows of features per row: its inputs, what arrives at it in the force pass,
+and what arrives in the second one. All else is there of one block alone, in its last pass, and is at its most in one of
+two moments: in the second derivative of the angles' norm, or in that of the experts, whose gradients are handed over
+when the pass is over, all at once.
+
 A tensor axis divides most of it, which is not counted, and neither is what a rank borrows over a graph axis.
 """
 
@@ -80,16 +85,47 @@ _MADE_AGAIN_WITH_EXPERTS = Rows(
     undirected=Held(block=138.8, expert_block=17.7),
     angle=Held(block=28.5, once=6.5),
 )
-_BLOCKS_MADE_AGAIN = Rows(
-    atom=Held(block=10.0, once=124.2),
-    undirected=Held(block=3.4, once=107.2),
-    angle=Held(block=2.7, once=54.7),
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moment:
+    """Of a step with full recomputation, which may be its peak.
+
+    Attributes:
+        rows: that are held.
+        num_sites: of the block's two sites of experts, those whose weights have their gradients by then.
+    """
+
+    rows: Rows
+    num_sites: int = 0
+
+
+_BLOCKS_MADE_AGAIN = (
+    Moment(
+        rows=Rows(
+            atom=Held(block=3.0, once=89.9),
+            undirected=Held(block=3.0, once=98.8),
+            angle=Held(block=3.0, once=54.4),
+        )
+    ),
 )
-"""With full recomputation: a block's inputs and what arrives at it, and all of one block."""
-_BLOCKS_MADE_AGAIN_WITH_EXPERTS = Rows(
-    atom=Held(block=0.0, once=230.5, expert_block=16.5),
-    undirected=Held(block=5.3, once=138.1, expert_block=5.4),
-    angle=Held(block=0.6, once=57.8),
+_BLOCKS_MADE_AGAIN_WITH_EXPERTS = (
+    Moment(  # the angles' norm
+        rows=Rows(
+            atom=Held(block=3.0, once=107.1, expert_once=6.1),
+            undirected=Held(block=3.0, once=108.6, expert_once=12.2),
+            angle=Held(block=3.0, once=53.7),
+        ),
+        num_sites=2,
+    ),
+    Moment(  # the experts that make messages
+        rows=Rows(
+            atom=Held(block=3.0, expert_once=17.4),
+            undirected=Held(block=3.0, once=127.5, expert_once=34.7),
+            angle=Held(block=3.0, once=26.6),
+        ),
+        num_sites=1,
+    ),
 )
 _SHARES = {"bf16-mixed": (0.85, 0.93, 0.9), "native": (0.92, 0.9, 0.79), "released form": (0.95, 1.0, 1.0)}
 """Of the above: with products in bf16, with native kernels, and with attention that is not smooth, each without
@@ -133,20 +169,27 @@ def step_memory(
     itemsize: int = 4,
     bf16: bool = False,
     kernels: Kernels = "torch",
+    expert_ranks: int = 1,
 ) -> float:
-    """Bytes at the peak of a training step with forces and stress, micro-batch included, weights and gradients not.
+    """Bytes at the peak of a training step with forces and stress, micro-batch included, weights and gradients not,
+    but for those gradients that a block made again holds until its pass is over.
 
     Args:
+        config: of the model.
+        counts: of the micro-batch.
         recompute_bytes: as `MatRIS.recompute_bytes`; results that reach it are made again.
         recompute_blocks: as `MatRIS.recompute_blocks`; then results of any size are made again.
         itemsize: of the features' numbers.
         bf16: whether products are formed in bf16, of features in fp32.
         kernels: that run; those of Triton count as torch's.
+        expert_ranks: that share the experts of a site, each with whole ones at home.
     """
     share = _share(config, recompute_bytes, recompute_blocks, bf16=bf16, kernels=kernels)
     if recompute_blocks:
-        unit = _unit_bytes_of_blocks(config, itemsize)
-        return share * (counts.atoms * unit.atom + 2 * counts.undirected * unit.edge + counts.angles * unit.angle)
+        return max(
+            unit.constant + counts.atoms * unit.atom + 2 * counts.undirected * unit.edge + counts.angles * unit.angle
+            for unit in _moments(config, share, itemsize, expert_ranks)
+        )
     rows = {"atom": counts.atoms, "undirected": counts.undirected, "angle": counts.angles}
     total = 0.0
     for kind, number in rows.items():
@@ -164,11 +207,14 @@ def unit_bytes(
     itemsize: int = 4,
     bf16: bool = False,
     kernels: Kernels = "torch",
+    expert_ranks: int = 1,
 ) -> UnitBytes:
-    """A linear bound of `step_memory`, equal but for the constant where micro-batches are large in every count."""
+    """A linear bound of `step_memory`, equal but for the constant where micro-batches are large in every count; where
+    blocks with experts are made again, the least one for all compositions of a micro-batch."""
     share = _share(config, recompute_bytes, recompute_blocks, bf16=bf16, kernels=kernels)
     if recompute_blocks:
-        return _unit_bytes_of_blocks(config, itemsize).scaled(share)
+        moments = _moments(config, share, itemsize, expert_ranks)
+        return UnitBytes(**{name: max(getattr(unit, name) for unit in moments) for name in vars(moments[0])})
     constant, of_row = 0.0, {}
     again = recompute_bytes is not None
     for kind in ("atom", "undirected", "angle"):
@@ -190,15 +236,25 @@ def _share(
     return math.prod(_SHARES[way][policy] for way, chosen in ways.items() if chosen)
 
 
-def _unit_bytes_of_blocks(config: ModelConfig, itemsize: int) -> UnitBytes:
-    rows = _BLOCKS_MADE_AGAIN_WITH_EXPERTS if config.num_moe_experts else _BLOCKS_MADE_AGAIN
+def _moments(config: ModelConfig, share: float, itemsize: int, expert_ranks: int) -> list[UnitBytes]:
+    """Bytes in each moment of a block that is made again."""
+    # Of a token, three rows of features, to a hidden layer for core and gate, and from each to a row of features.
+    site = -(-config.num_moe_experts // expert_ranks) * 8 * config.hidden_size * config.moe_ffn_hidden_size
 
-    def of_row(kind: str) -> float:
+    def of_row(rows: Rows, kind: str) -> float:
         held: Held = getattr(rows, kind)
         batch: Held = getattr(_BATCH_BYTES, kind)
-        return itemsize * (held.common(config) + held.of_experts(config)) + batch.numbers
+        return share * (itemsize * (held.common(config) + held.of_experts(config)) + batch.numbers)
 
-    return UnitBytes(constant=0.0, atom=of_row("atom"), edge=of_row("undirected") / 2.0, angle=of_row("angle"))
+    return [
+        UnitBytes(
+            constant=float(itemsize * moment.num_sites * site),
+            atom=of_row(moment.rows, "atom"),
+            edge=of_row(moment.rows, "undirected") / 2.0,
+            angle=of_row(moment.rows, "angle"),
+        )
+        for moment in (_BLOCKS_MADE_AGAIN_WITH_EXPERTS if config.num_moe_experts else _BLOCKS_MADE_AGAIN)
+    ]
 
 
 def _result_bytes(config: ModelConfig, kind: str, of_experts: bool, itemsize: int) -> int:

@@ -181,7 +181,7 @@ class Planner:
         weights = self._sizes(layout).memory(
             shards=layout.shard, expert_ranks=layout.expert, at_home=layout.placement == "fixed"
         )
-        activations = self._activations(micro_batch, layout.graph, policy)
+        activations = self._activations(micro_batch, layout.graph, layout.expert, policy)
         experts = 0.0
         if weights.gathered_experts:
             even = -(-self.job.hyper.num_moe_experts // layout.expert)
@@ -195,10 +195,10 @@ class Planner:
             available=USED * 1e9 * self.job.machine.memory_GB,
         )
 
-    def _activations(self, micro_batch: int, graph: int, policy: Recompute) -> float:
+    def _activations(self, micro_batch: int, graph: int, expert: int, policy: Recompute) -> float:
         """Bytes, with borrowed rows as if they were owned."""
         return self._once(
-            ("activations", micro_batch, graph, policy),
+            ("activations", micro_batch, graph, expert, policy),
             lambda: step_memory(
                 self.job.hyper,
                 _counts(self._rows(micro_batch, graph), with_borrowed=True),
@@ -206,6 +206,7 @@ class Planner:
                 recompute_blocks=policy == "full",
                 bf16=self.job.precision is Precision.bf16_mixed,
                 kernels=self.job.kernels,
+                expert_ranks=expert,
             ),
         )
 
@@ -288,8 +289,10 @@ class Planner:
     def _work(self, micro_batch: int, graph: int, tensor: int, recompute: Recompute) -> _Work:
         def work() -> _Work:
             flops, moved = self._once(("products", micro_batch, graph), lambda: self._products(micro_batch, graph))
-            kept = self._activations(micro_batch, graph, "none")
-            again = kept - self._activations(micro_batch, graph, recompute)
+            # As if each rank had one expert: gradients of their weights are no results.
+            expert = max(1, self.job.hyper.num_moe_experts)
+            kept, left = (self._activations(micro_batch, graph, expert, policy) for policy in ("none", recompute))
+            again = kept - left
             parts = []
             for part in Part:
                 divided = tensor if part in _BLOCK else 1

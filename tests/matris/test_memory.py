@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -60,8 +61,8 @@ def test_prediction_is_within_a_tenth(kind: str, recompute_bytes: int | None, la
 
 
 @pytest.mark.parametrize("large", [False, True])
-@pytest.mark.parametrize(("kind", "allowed"), [("dense", 0.1), ("experts", 0.15)])
-def test_prediction_of_full_recomputation(kind: str, allowed: float, large: bool) -> None:
+@pytest.mark.parametrize("kind", ["dense", "experts"])
+def test_prediction_of_full_recomputation(kind: str, large: bool) -> None:
     config = {"dense": DENSE, "experts": EXPERTS}[kind]
     if large:
         config = replace(config, num_layers=6, hidden_size=64)
@@ -71,9 +72,31 @@ def test_prediction_of_full_recomputation(kind: str, allowed: float, large: bool
     batch = batch_of(*(rattled(frame) for frame in (bulk("Si", cubic=True), bulk("Cu", cubic=True))), config=config)
     predicted = step_memory(config, counts_of(batch), recompute_bytes=0, recompute_blocks=True)
     found = counted(model, batch)
-    assert predicted == pytest.approx(found, rel=allowed)
+    assert predicted == pytest.approx(found, rel=0.1)
     model.recompute_blocks = False
     assert found < (0.4 if large else 0.7) * counted(model, batch)
+
+
+@pytest.mark.parametrize("three_body_cutoff", [3.0, 4.2])
+@pytest.mark.parametrize("sizes", [(8, 2, 160), (16, 16, 96), (48, 2, 48)])
+def test_prediction_of_full_recomputation_with_large_experts(
+    sizes: tuple[int, int, int], three_body_cutoff: float
+) -> None:
+    """Tokens or gradients of experts are the most of it, as in the published sizes."""
+    experts, topk, hidden = sizes
+    config = replace(
+        EXPERTS,
+        num_moe_experts=experts,
+        moe_router_topk=topk,
+        moe_ffn_hidden_size=hidden,
+        three_body_cutoff=three_body_cutoff,
+    )
+    model = MatRIS(config, seed=0)
+    model.readout.magmom.requires_grad_(False)
+    model.recompute_bytes, model.recompute_blocks = 0, True
+    batch = batch_of(rattled(bulk("Cu", cubic=True)), config=config)
+    predicted = step_memory(config, counts_of(batch), recompute_bytes=0, recompute_blocks=True)
+    assert predicted == pytest.approx(counted(model, batch), rel=0.1)
 
 
 @pytest.mark.parametrize("kind", ["dense", "experts"])
@@ -87,7 +110,7 @@ def test_only_large_results_are_made_again(kind: str) -> None:
     model.readout.magmom.requires_grad_(False)
     model.recompute_bytes = limit
     predicted = step_memory(config, counts_of(batch), recompute_bytes=limit)
-    assert predicted == pytest.approx(counted(model, batch), rel=0.15)
+    assert predicted == pytest.approx(counted(model, batch), rel=0.1)
 
 
 @pytest.mark.parametrize("way", ["native", "bf16-mixed", "native bf16-mixed", "released form", "RMS norm"])
@@ -132,6 +155,21 @@ def test_linear_bound(config: ModelConfig, recompute_bytes: int | None) -> None:
         exact = step_memory(config, counts, recompute_bytes=recompute_bytes)
         assert linear >= exact * (1.0 - 1e-9)
     assert linear <= 1.05 * exact
+
+
+@pytest.mark.parametrize("config", [DENSE, EXPERTS])
+def test_linear_bound_of_full_recomputation(config: ModelConfig) -> None:
+    full: dict[str, Any] = {"recompute_bytes": 0, "recompute_blocks": True}
+    bound = unit_bytes(config, **full)
+    for atoms, edges, angles in ((1, 0, 0), (10, 300, 4000), (500, 40_000, 5000), (3000, 200_000, 2_500_000)):
+        counts = Counts(structures=1, atoms=atoms, edges=edges, undirected=edges // 2, angles=angles)
+        linear = bound.constant + atoms * bound.atom + edges * bound.edge + angles * bound.angle
+        exact = step_memory(config, counts, **full)
+        assert exact * (1.0 - 1e-9) <= linear <= 1.2 * exact
+    shared = step_memory(config, counts, **full, expert_ranks=2)
+    # Two sites, and in float32.
+    site = 8 * config.hidden_size * config.moe_ffn_hidden_size * 4
+    assert exact - shared == pytest.approx(config.num_moe_experts // 2 * 2 * site)
 
 
 def test_bytes_of_a_batch() -> None:
