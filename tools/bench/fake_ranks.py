@@ -20,7 +20,6 @@ from ase.calculators.singlepoint import SinglePointCalculator
 
 from janus.comm.traffic import Traffic
 from janus.mesh import Mesh, open_mesh
-from janus.optim import AdamWConfig, Schedule
 from janus.sharding.memory import WeightSizes
 from janus.sharding.traffic import UnitSize, WeightAxes, weight_traffic
 from janus.training.learner import Learner
@@ -34,6 +33,7 @@ from matris.graph.structure import Structure
 from matris.model import MatRIS
 from matris.task import MatRISTask
 from matris.traffic import RankRows, feature_traffic
+from tools.bench.learner import learner_of
 
 FP32 = 4
 MICRO_BATCHES = 2
@@ -86,17 +86,7 @@ def examples() -> list[Atoms]:
 def task_and_learner(hyper: ModelConfig, mesh: Mesh, policy: str) -> tuple[MatRISTask, Learner]:
     """Of a rank, with a model that learns energies, forces and stress."""
     model = MatRIS(hyper, seed=1, mesh=mesh)
-    model.readout.magmom.requires_grad_(False)
-    learner = Learner(
-        model,
-        AdamWConfig(),
-        Schedule(lr=1e-3, num_steps=1),
-        ema_decay=0.999,
-        clip_grad=1.0,
-        mesh=mesh,
-        units=model.sharding_units(),
-        policy=policy,  # type: ignore[arg-type]
-    )
+    learner = learner_of(model, policy=policy)  # type: ignore[arg-type]
     return MatRISTask(model, LossConfig(), ("default",)), learner
 
 

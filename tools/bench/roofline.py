@@ -37,7 +37,6 @@ from janus.comm.adjoint import reduce
 from janus.comm.collectives import reduce_max, start_all_gather, start_all_to_all
 from janus.mesh import Mesh, open_mesh
 from janus.ops.fused import use_kernels
-from janus.optim import AdamWConfig, Schedule
 from janus.telemetry import Stopwatch
 from janus.telemetry.peak import Format, measured_rate
 from janus.training.learner import Learner
@@ -52,6 +51,7 @@ from matris.loss import force_matching_loss
 from matris.model import RECOMPUTE_BYTES, MatRIS
 from matris.precision import set_precision
 from matris.presets import PRESETS
+from tools.bench.learner import learner_of
 from tools.bench.report import BenchHelp, add_output, at_least, run, write_report
 from tools.bench.report import machine as this_machine
 
@@ -156,17 +156,7 @@ def measure(options: argparse.Namespace, mesh: Mesh) -> dict[str, Any]:
     model.recompute_bytes = {"none": None, "selective": RECOMPUTE_BYTES, "all": 0, "full": 0}[options.recompute]
     model.recompute_blocks = options.recompute == "full"
     model.predicts_magmoms = False
-    model.readout.magmom.requires_grad_(False)
-    learner = Learner(
-        model,
-        AdamWConfig(),
-        Schedule(lr=1e-6, num_steps=1000),
-        ema_decay=0.999,
-        clip_grad=1.0,
-        mesh=mesh,
-        units=model.sharding_units(),
-        experts=model.expert_sites(),
-    )
+    learner = learner_of(model)
     samples, task_names = _samples(options, mesh)
     collate = Collate(
         pairwise_cutoff=model.hyper.pairwise_cutoff,
