@@ -54,3 +54,8 @@ def map_rows(function: Callable[..., tuple[Tensor, ...]], rows: tuple[Tensor, ..
 def with_unit_stride(rows: Tensor) -> Tensor:
     """The same (N, d), with the channels of a row beside each other. Rows may be apart, as in half of a product."""
     return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def empty_part(x: Tensor, parts: int) -> Tensor:
+    """Room for one of the parts that the columns of x (N, parts d) are divided into, (N, d); one part is as x is."""
+    return x.new_empty(x.shape if parts == 1 else (len(x), x.shape[1] // parts))

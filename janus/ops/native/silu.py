@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from janus.ops.native.library import launch
-from janus.ops.rowwise import with_unit_stride
+from janus.ops.rowwise import empty_part, with_unit_stride
 
 
 def value(x: Tensor, *, parts: int) -> tuple[Tensor, ...]:
     """Of x in any shape if it is one part, and otherwise of (N, parts d), (N, d) each."""
-    return _launch("silu_value", x, [], [_empty(x, parts) for _ in range(parts)], parts)
+    return _launch("silu_value", x, [], [empty_part(x, parts) for _ in range(parts)], parts)
 
 
 def first_derivative(x: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
@@ -21,11 +21,7 @@ def first_derivative(x: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
 def second_derivative(x: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
     """Gradients of x and of each part of the gradient; `rows` are these parts and the cotangent."""
     parts = len(rows) - 1
-    return _launch("silu_second", x, rows, [x.new_empty(x.shape), *(_empty(x, parts) for _ in range(parts))], parts)
-
-
-def _empty(x: Tensor, parts: int) -> Tensor:
-    return x.new_empty(x.shape if parts == 1 else (len(x), x.shape[1] // parts))
+    return _launch("silu_second", x, rows, [x.new_empty(x.shape), *(empty_part(x, parts) for _ in range(parts))], parts)
 
 
 def _launch(name: str, x: Tensor, others, outputs: list[Tensor], parts: int) -> tuple[Tensor, ...]:

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from janus.ops.rowwise import empty_part
 from janus.ops.triton.tile import accumulator
 
 _BLOCK = 1024
@@ -16,7 +17,7 @@ _BLOCK = 1024
 
 def value(x: Tensor, *, parts: int) -> tuple[Tensor, ...]:
     """As `janus.ops.silu`, any shape if it is one part."""
-    outputs = tuple(_empty(x, parts) for _ in range(parts))
+    outputs = tuple(empty_part(x, parts) for _ in range(parts))
     _launch(_value, x, parts, (), (outputs,))
     return outputs
 
@@ -31,14 +32,10 @@ def first_derivative(x: Tensor, *grads: Tensor) -> tuple[Tensor]:
 def second_derivative(x: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
     """As `janus.ops.silu`."""
     *grads, cotangent = rows
-    curvature, slopes = x.new_empty(x.shape), tuple(_empty(x, len(grads)) for _ in grads)
+    curvature, slopes = x.new_empty(x.shape), tuple(empty_part(x, len(grads)) for _ in grads)
     read = (_contiguous(grads), cotangent.contiguous())
     _launch(_second_derivative, x, len(grads), read, (curvature, slopes))
     return curvature, *slopes
-
-
-def _empty(x: Tensor, parts: int) -> Tensor:
-    return x.new_empty(x.shape if parts == 1 else (len(x), x.shape[1] // parts))
 
 
 def _contiguous(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
