@@ -7,7 +7,6 @@ import math
 import os
 import random
 import signal
-import socket
 import sys
 import threading
 import time
@@ -25,6 +24,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from safetensors.torch import load_file
 
 from janus.checkpoint import read_directory
+from janus.comm.local import find_port
 from janus.telemetry.csv_log import read_csv
 from janus.training.trainer import SPEEDS
 from tools.fault_hooks import Hooks, Moment, Plan, valid_steps
@@ -145,9 +145,7 @@ def launch(
     """
     folder = plans[0].folder
     folder.mkdir(parents=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = find_port()
     begin = time.monotonic()
     pids: list[int] = []
     for plan in plans:

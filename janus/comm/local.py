@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import secrets
 import signal
 import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing import connection
 from typing import Any
 
@@ -22,6 +24,16 @@ _GRACE = 45.0
 """Seconds after the end of one rank in which the others may say why; the watch of a mesh needs less."""
 
 
+def find_port() -> int:
+    """A free port on which ranks of this machine can meet, below those that systems give to connections (from 32768 on
+    under Linux): such a one may be taken before rank 0 listens."""
+    while True:
+        port = 10_000 + secrets.randbelow(20_000)  # not from a generator that is seeded alike elsewhere
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
 def run_local_ranks(world_size: int, device: str, function: Callable[..., Any], *arguments: Any) -> Any:
     """Calls `function(launch, *arguments)` on so many new processes, joined without a mesh; returns rank 0's result.
 
@@ -32,9 +44,7 @@ def run_local_ranks(world_size: int, device: str, function: Callable[..., Any], 
         RuntimeError: a rank failed otherwise.
         ElsewhereError: a rank has told the user why it ended all.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = find_port()
     results = multiprocessing.get_context("spawn").SimpleQueue()
     processes = torch_multiprocessing.start_processes(
         _rank,

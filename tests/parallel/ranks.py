@@ -5,12 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
-import socket
 import traceback
 import warnings
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from typing import Any
+
+from janus.comm.local import find_port
 
 # The ranks are forked from a server that has imported the slow modules once.
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -32,9 +33,7 @@ def run_ranks(
 
     Function and arguments must be picklable. A rank's exception fails the call, with its traceback.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = find_port()
     pipes, processes = [], []
     for rank in range(world_size):
         receiver, sender = _CONTEXT.Pipe(duplex=False)

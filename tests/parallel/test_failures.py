@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from janus.comm.local import find_port
 from janus.comm.watch import Clock, Status, _Judge
 from janus.training.step import StepReport
 from tests.matris.train.labelled import write_files
@@ -136,9 +136,7 @@ def outcome(
     target: Callable[..., None] = run,
 ) -> tuple[list[int | None], list[str], float]:
     """Exit status of every rank (None for the victim), what each wrote, and the seconds from the third step on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = find_port()
     processes = [
         _CONTEXT.Process(target=target, args=(rank, world_size, port, folder, victim, act, layout or {}))
         for rank in range(world_size)

@@ -12,12 +12,12 @@ import argparse
 import ctypes
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from janus.comm.local import find_port
 from tools.bench.report import BenchHelp, add_output, write_report
 
 
@@ -47,9 +47,7 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
 def _run(ranks: int, options: argparse.Namespace) -> dict[str, Any]:
     """One launch; each rank in a process of its own."""
     print(f"measuring {ranks} rank(s)", file=sys.stderr)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = find_port()
     arguments = [f"--{name}={value}" for name, value in _settings(options).items()]
     workers = []
     for rank in range(ranks):

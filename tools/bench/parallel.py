@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from janus.comm.local import find_port
 from tools.bench.report import BenchHelp, add_output, at_least, run, write_report
 
 LAYOUTS = ("dp2", "fsdp2", "fsdp2-keep", "gp2", "tp2")
@@ -118,9 +118,7 @@ def _write_data(path: Path, repeat: int, count: int, *, all_elements: bool = Fal
 
 
 def _two_processes(name: str, options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = find_port()
     processes = []
     for rank in range(2):
         alone = name == "control"

@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -35,6 +34,7 @@ from ase.build import bulk
 
 from janus.comm.adjoint import reduce
 from janus.comm.collectives import reduce_max, start_all_gather, start_all_to_all
+from janus.comm.local import find_port
 from janus.mesh import Mesh, open_mesh
 from janus.ops.fused import use_kernels
 from janus.telemetry import Stopwatch
@@ -123,9 +123,7 @@ def _alone(options: argparse.Namespace) -> dict[str, Any]:
 
 def _of_ranks(count: int, words: list[str]) -> dict[str, Any]:
     """What the first of so many processes on this machine found, each on a CPU of its own where there are enough."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = find_port()
     shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     command = [sys.executable, "-m", "tools.bench.roofline", *words, "--worker"]
     processes = []

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from janus.comm.local import find_port
 
 MODULE = "tools.bench.two_ranks"
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -38,9 +39,7 @@ def primitives(*, largest_mb: float, repeats: int) -> dict[str, Any]:
 
 def _on_two_processors(verb: str, task: dict[str, Any]) -> list[dict[str, Any]]:
     """What two processes of one thread each find, as two ranks of one launch."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = find_port()
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     processes = [
         subprocess.Popen(
