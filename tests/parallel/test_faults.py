@@ -9,7 +9,6 @@ import pytest
 
 from tools.fault_cases import Case, Damage, Refusal, Strike, case_of
 from tools.fault_hooks import BREAKAGES, PLACES
-from tools.fault_trials import Result
 from tools.faults import NUM_CASES, run_cases
 
 _INTERRUPTED = Strike(act="kill", place="step", call=8, everyone=True)
@@ -45,6 +44,9 @@ CASES = {
     "hanging": Case(
         family="", acts=(Strike(act="stop", place="shard", call=2, rank=1),), layout="fsdp2", last_layout="fsdp2"
     ),
+    "started again by torchrun": next(
+        case for seed in range(NUM_CASES) if (case := case_of(seed)).family == "torchrun"
+    ),
 }
 NOTICED = {
     "renames before the last file": (
@@ -59,37 +61,28 @@ NOTICED = {
 """By breakage: what is to be said, and what has to happen for it."""
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
-    """Of all of them, in one pool of processes, for the references are made once."""
-    broken = {
+def problems_of(cases: dict[str, Case], base: Path) -> dict[str, list[str]]:
+    """Of many cases in one test: a fixture for several would be made again by each process that runs some of them."""
+    names = list(cases)
+    found = run_cases(dict(enumerate(cases.values())), base, jobs=2)
+    return {names[result.seed]: result.problems for result in found}
+
+
+@pytest.mark.slow
+def test_runs_go_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    assert problems_of(CASES, tmp_path) == {name: [] for name in CASES}
+
+
+@pytest.mark.slow
+def test_broken_products_are_noticed(tmp_path: Path) -> None:
+    assert NOTICED.keys() == set(BREAKAGES)
+    cases = {
         name: Case(family="", acts=acts, layout="one", last_layout="one", breakage=name)
         for name, (_, acts) in NOTICED.items()
     }
-    cases = CASES | broken
-    numbered = dict(enumerate(cases.values()))
-    found = run_cases(numbered, tmp_path_factory.mktemp("faults"), jobs=2)
-    names = list(cases)
-    return {names[result.seed]: result for result in found}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
-def test_runs_go_on_as_if_nothing_had_happened(results: dict[str, Result], name: str) -> None:
-    assert results[name].problems == []
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", BREAKAGES)
-def test_broken_products_are_noticed(results: dict[str, Result], name: str) -> None:
-    assert any(re.search(NOTICED[name][0], problem) for problem in results[name].problems), results[name].problems
-
-
-@pytest.mark.slow
-def test_torchrun_starts_the_run_again(tmp_path: Path) -> None:
-    seed = next(seed for seed in range(NUM_CASES) if case_of(seed).family == "torchrun")
-    (result,) = run_cases({seed: case_of(seed)}, tmp_path)
-    assert result.problems == []
+    problems = problems_of(cases, tmp_path)
+    noticed = {name: any(re.search(NOTICED[name][0], problem) for problem in problems[name]) for name in NOTICED}
+    assert all(noticed.values()), {name: problems[name] for name in NOTICED if not noticed[name]}
 
 
 @pytest.mark.parametrize("name", PLACES)
