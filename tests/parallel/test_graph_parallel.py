@@ -110,9 +110,12 @@ def measured(mesh: Mesh, name: str, config: ModelConfig, partitioner: str) -> di
         gradients = torch.autograd.grad(
             term(prediction, key), list(parameters.values()), retain_graph=True, materialize_grads=True
         )
+        # In one sum, for each of ranks that outnumber the cores takes milliseconds.
+        sums = all_reduced(torch.cat([gradient.reshape(-1) for gradient in gradients]), mesh.replicas)
+        pieces = sums.split([gradient.numel() for gradient in gradients])
         result[f"{key} gradients"] = {
-            which: whole(all_reduced(gradient, mesh.replicas), parameters[which], mesh)
-            for which, gradient in zip(parameters, gradients, strict=True)
+            which: whole(piece.view_as(parameter), parameter, mesh)
+            for (which, parameter), piece in zip(parameters.items(), pieces, strict=True)
         }
     result["empty"] = (part.num_atoms == 0, part.num_edges == 0, part.num_angles == 0)
     return result
