@@ -10,7 +10,7 @@ from tests.parallel.gate import run_gate, write_gate_files
 from tests.parallel.ranks import run_ranks
 
 RUNS = {
-    2: (("mixed", "fp64"), ("mixed", "fp32"), ("molecules", "fp64"), ("mixed", "fp64", "experts")),
+    2: (("mixed", "fp64"), ("small", "fp32"), ("molecules", "fp64"), ("mixed", "fp64", "experts")),
     4: (("mixed", "fp64"),),
     8: (("mixed", "fp64"),),
 }
@@ -49,7 +49,7 @@ def test_experts_may_be_anywhere(folder: Path, world_size: int) -> None:
     names = EXPERT_LAYOUTS[world_size].split()
     runs = [("mixed", "fp64", "experts")]
     if world_size == 2:
-        runs += [("mixed", "fp32", "experts"), ("molecules", "fp64", "experts")]
+        runs += [("small", "fp32", "experts"), ("molecules", "fp64", "experts")]
     for rows in run_ranks(world_size, run_gate, folder, names, runs, with_mesh=False, timeout=600.0):
         assert len(rows) == len(names) * len(runs)
         assert not [row for row in rows if not row.passed]

@@ -91,10 +91,10 @@ def test_journeys_have_enough_pairs() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "layout"), STAYING)
 def test_in_one_layout_bit_for_bit(folder: Path, kind: str, layout: str) -> None:
-    for output, stops in (("whole", (4,)), ("stopped", (2, 4))):
+    for output, stops in (("whole", (2,)), ("stopped", (1, 2))):
         for steps in stops:
             launch(layout, config(folder, kind, layout, f"{kind}_{layout}_{output}", steps))
-    ours, theirs = (state(folder, f"{kind}_{layout}_{output}", 4) for output in ("stopped", "whole"))
+    ours, theirs = (state(folder, f"{kind}_{layout}_{output}", 2) for output in ("stopped", "whole"))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 

@@ -26,7 +26,7 @@ def run_config(folder: Path, layout: Layout) -> TrainConfig:
     return replace(
         config,
         data=replace(config.data, global_batch_size=3, valid=[str(folder / "small.xyz")]),
-        training=replace(config.training, output=str(folder / layout.name), eval_interval=1),
+        training=replace(config.training, output=str(folder / layout.name), train_iters=3, eval_interval=1),
         parallel=layout.applied(config.parallel),
     )
 
