@@ -8,11 +8,12 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import ase.build
     import ase.io
+    import pytest
     import torch
     import torch.distributed
     from megatron.core import parallel_state
     from torch import _dynamo
 
-    from matris import setup
+    from matris import run, setup, verify
 
-__all__ = ["_dynamo", "ase", "parallel_state", "setup", "torch"]
+__all__ = ["_dynamo", "ase", "parallel_state", "pytest", "run", "setup", "torch", "verify"]
