@@ -9,7 +9,7 @@
 
 PYTHON ?= python3
 TORCH_INDEX ?=
-PYTEST_ARGS ?= -q -n 2
+PYTEST_ARGS ?= -q -n 2 --dist worksteal
 FAULTS_ARGS ?= --jobs 2
 BIN := .venv/bin
 INSTALLED := .venv/.installed
