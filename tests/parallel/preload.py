@@ -1,5 +1,6 @@
 """Slow imports of a rank, done once by the process that all ranks are forked from."""
 
+import gc
 import os
 import warnings
 
@@ -17,3 +18,6 @@ with warnings.catch_warnings():
     from matris import run, setup, verify
 
 __all__ = ["_dynamo", "ase", "parallel_state", "pytest", "run", "setup", "torch", "verify"]
+
+# What has been imported is no garbage: without this each rank looks through all of it, and so copies its pages.
+gc.freeze()
