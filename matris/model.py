@@ -55,7 +55,7 @@ class Prediction:
         return self.interaction_energy + self.reference_energy
 
 
-RECOMPUTE_BYTES = 1 << 22
+RECOMPUTE_BYTES = 1 << 21
 """Results that stay in a processor's cache cost less to keep than to make again."""
 
 

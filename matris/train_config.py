@@ -338,7 +338,7 @@ class TrainingConfig:
             ones find kernels on disk), once for all sizes of batches. They are compared with the plain block before
             use; a difference stops the run, or with `try` leaves all plain, with a warning. For models without experts,
             with replicas and sharded weights; needs torch 2.8 and a C++ compiler (CPU) or Triton (CUDA).
-        recompute: `selective` makes large results of element-wise operations (4 MiB and more) again in backward passes
+        recompute: `selective` makes large results of element-wise operations (2 MiB and more) again in backward passes
             instead of keeping them, in the force pass and in the second backward pass alike: the same bits with less
             memory; `all` those of any size, `none` keeps them. `full` keeps of an interaction block only its inputs and
             what arrives at it in each backward pass, and computes twice as many matrix products in all. `auto`, with
