@@ -390,7 +390,7 @@ def open_dataset(
         partial(_opened_rows, stores, sizes, task_names),
         at_most=sum(map(len, stores)),
         cache=cache,
-        key=[pairwise_cutoff, three_body_cutoff, *(_state_of(store) for store in stores)],
+        key=[VERSION, pairwise_cutoff, three_body_cutoff, *(_state_of(store) for store in stores)],
     )
     where = ", ".join(map(str, paths))
     if not len(dataset):
