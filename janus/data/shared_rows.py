@@ -40,7 +40,7 @@ def shared_rows(
         key: what the rows follow from, JSON; None keeps them to this process.
         folder: where the file is, made if needed.
     Raises:
-        OSError: a folder that cannot be written to.
+        ValueError: a folder that cannot be written to, or is full.
     """
     if key is None or at_most < SHARED_FROM:
         parts = list(make())
@@ -50,11 +50,18 @@ def shared_rows(
     digest = hashlib.sha256(json.dumps([dtype.descr, key]).encode()).hexdigest()[:24]
     path = folder / f"{digest}.rows"
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with exclusive(path.with_suffix(".lock"), wait=True) as lock:
-            if not path.exists():  # another process may have written it while this one waited
-                _write(path, make())
-            shutil.rmtree(lock)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with exclusive(path.with_suffix(".lock"), wait=True) as lock:
+                if not path.exists():  # another process may have written it while this one waited
+                    _write(path, make())
+                shutil.rmtree(lock)
+        except OSError as error:
+            raise ValueError(
+                f"{folder}: what is known of {at_most} records is kept there for all processes of a machine, in up to "
+                f"{at_most * dtype.itemsize / 1e6:.1f} MB, and cannot be written ({error}): choose another cache_dir, "
+                "or make room"
+            ) from error
     return mapped_rows(path, dtype), path
 
 
@@ -67,10 +74,14 @@ def mapped_rows(path: Path, dtype: np.dtype[Any]) -> np.ndarray:
 
 def _write(path: Path, parts: Iterable[np.ndarray]) -> None:
     partial = path.with_suffix(".partial")
-    with open(partial, "wb") as file:
-        for part in parts:
-            file.write(part.tobytes())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with open(partial, "wb") as file:
+            for part in parts:
+                file.write(part.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
     logger.info("%s: %.1f MB of rows for all processes", path, path.stat().st_size / 1e6)

@@ -73,9 +73,15 @@ def test_a_failure_leaves_no_rows(tmp_path):
     for _ in range(2):
         with pytest.raises(ValueError, match="no more"):
             shared_rows(fails, PAIR, at_most=SHARED_FROM, key=["a"], folder=tmp_path)
-    assert not list(tmp_path.glob("*.rows"))
+    assert not [*tmp_path.glob("*.rows"), *tmp_path.glob("*.partial")]
     rows, _ = shared_rows(Made(9), PAIR, at_most=SHARED_FROM, key=["a"], folder=tmp_path)
     assert len(rows) == 9
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"file: .* up to 2\.2 MB, and cannot be written .*choose another cache_dir"):
+        shared_rows(Made(5), PAIR, at_most=250_000, key=["a"], folder=tmp_path / "file")
 
 
 def test_processes_at_once_write_once(tmp_path):
