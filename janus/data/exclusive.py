@@ -1,4 +1,4 @@
-"""A folder that one process at a time has for itself, whichever machine of the job it runs on."""
+"""A folder that one process at a time has for itself, among all that the file system's locks reach."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,8 @@ def mapped_rows(path: Path, dtype: np.dtype[Any]) -> np.ndarray:
 
 
 def _write(path: Path, parts: Iterable[np.ndarray]) -> None:
-    partial = path.with_suffix(".partial")
+    # Of this process alone: where a file system has no locks for several machines, the last one to finish wins.
+    partial = path.with_suffix(f".{socket.gethostname()}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:
             for part in parts:

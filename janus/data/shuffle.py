@@ -35,7 +35,7 @@ def shuffled(places: np.ndarray, count: int, seed: Sequence[int]) -> np.ndarray:
     return found.astype(np.int64)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=64)  # of all groups, in two passes each; half a megabyte at most
 def _numpy_order(count: int, seed: tuple[int, ...]) -> np.ndarray:
     order = np.random.default_rng(seed).permutation(count)
     order.flags.writeable = False

@@ -431,7 +431,7 @@ def _sizes(store: StoreReader, cache: Path, options: PrepareOptions, num_workers
     cutoffs = (options.pairwise_cutoff, options.three_body_cutoff)
     if not len(store) or (store.attributes["pairwise_cutoff"], store.attributes["three_body_cutoff"]) == cutoffs:
         return None
-    name = f"{' '.join(map(str, _state_of(store)))} {cutoffs}"
+    name = f"{VERSION} {' '.join(map(str, _state_of(store)))} {cutoffs}"
     kept = cache / f"{store.path.stem}-{hashlib.sha256(name.encode()).hexdigest()[:16]}.sizes.npy"
     if not kept.exists():
         logger.info("%s: counting edges and angles within %g and %g A", store.path, *cutoffs)
