@@ -6,6 +6,8 @@ import hashlib
 import json
 import logging
 import os
+import shutil
+import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache as cached
@@ -16,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from janus.data.exclusive import exclusive
 from janus.data.packing import Budget
 from janus.data.parallel_map import map_in_order
 from janus.data.shared_rows import blocks, mapped_rows, shared_rows
@@ -27,6 +30,7 @@ from matris.data.records import LABEL_NAMES, Sample, samples_of
 from matris.graph.batch import GraphBatch, LabelBatch, LabelTotals, collate_graphs, collate_labels
 from matris.graph.build import build_graph, count_graph
 from matris.graph.partition import partition_batch
+from matris.writable import check_writable
 
 logger = logging.getLogger(__name__)
 
@@ -434,17 +438,29 @@ def _sizes(store: StoreReader, cache: Path, options: PrepareOptions, num_workers
     name = f"{VERSION} {' '.join(map(str, _state_of(store)))} {cutoffs}"
     kept = cache / f"{store.path.stem}-{hashlib.sha256(name.encode()).hexdigest()[:16]}.sizes.npy"
     if not kept.exists():
-        logger.info("%s: counting edges and angles within %g and %g A", store.path, *cutoffs)
-        ranges = [(part.start, part.stop) for part in blocks(len(store), COPY_RECORDS)]
-        counted = np.concatenate(
-            list(map_in_order(partial(_count, store=store, cutoffs=cutoffs), ranges, num_workers=num_workers))
-        )
+        check_writable(cache)  # before the work
         cache.mkdir(parents=True, exist_ok=True)
-        partial_file = kept.with_suffix(f".{os.getpid()}.partial")
-        with open(partial_file, "wb") as file:
-            np.save(file, counted)
-        os.replace(partial_file, kept)
+        with exclusive(kept.with_suffix(".lock"), wait=True) as lock:
+            if not kept.exists():  # another process may have counted while this one waited
+                _write_sizes(kept, store, cutoffs, num_workers)
+            shutil.rmtree(lock)
     return np.load(kept, mmap_mode="r")
+
+
+def _write_sizes(kept: Path, store: StoreReader, cutoffs: tuple[float, float], num_workers: int) -> None:
+    logger.info("%s: counting edges and angles within %g and %g A", store.path, *cutoffs)
+    ranges = [(part.start, part.stop) for part in blocks(len(store), COPY_RECORDS)]
+    work = partial(_count, store=store, cutoffs=cutoffs)
+    partial_file = kept.with_suffix(f".{socket.gethostname()}.{os.getpid()}.partial")
+    try:
+        counted = np.lib.format.open_memmap(partial_file, "w+", np.int64, (len(store), 3))
+        for (start, stop), sizes in zip(ranges, map_in_order(work, ranges, num_workers=num_workers), strict=True):
+            counted[start:stop] = sizes
+        counted.flush()
+        os.replace(partial_file, kept)
+    except BaseException:
+        partial_file.unlink(missing_ok=True)
+        raise
 
 
 def _state_of(store: StoreReader) -> list[Any]:
