@@ -1,15 +1,41 @@
-"""A folder that one process at a time has for itself, among all that the file system's locks reach."""
+"""Work that one process does for all, among those that the file system's locks reach: in a folder, or of a file."""
 
 from __future__ import annotations
 
 import fcntl
 import logging
 import os
-from collections.abc import Iterator
+import shutil
+import socket
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
+
+
+def write_once(path: Path, write: Callable[[Path], None]) -> None:
+    """Has one process write the file while others wait, whole or not at all; nothing is done where it is there.
+
+    Args:
+        path: in a folder that is made if needed.
+        write: makes a file of the name that it is given.
+    Raises:
+        OSError: the folder cannot be written to. And whatever `write` raises.
+    """
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with exclusive(path.with_suffix(".lock"), wait=True) as lock:
+        # Of this process alone: where a file system has no locks for several machines, the last one to finish wins.
+        partial = path.with_suffix(f".{socket.gethostname()}.{os.getpid()}.partial")
+        try:
+            if not path.exists():  # another process may have written it while this one waited
+                write(partial)
+                os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+            shutil.rmtree(lock)
 
 
 @contextmanager

@@ -82,7 +82,7 @@ class GlobalBatchSampler:
             if sizes is None:
                 raise ValueError("a global budget needs the sizes of the records")
             self._capacity = global_budget.capacity(sizes.shape[1])
-            worst = np.max([sizes[part].max(axis=0) for part in blocks(num_records)], axis=0)
+            worst = sizes.max(axis=0)
             if (worst > self._capacity).any():
                 raise ValueError(
                     f"global budget {global_budget.limits} {global_budget.names} is less than the largest record "

@@ -6,15 +6,13 @@ import hashlib
 import json
 import logging
 import os
-import shutil
-import socket
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from janus.data.exclusive import exclusive
+from janus.data.exclusive import write_once
 
 logger = logging.getLogger(__name__)
 
@@ -50,19 +48,14 @@ def shared_rows(
         return rows, None
     digest = hashlib.sha256(json.dumps([dtype.descr, key]).encode()).hexdigest()[:24]
     path = folder / f"{digest}.rows"
-    if not path.exists():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with exclusive(path.with_suffix(".lock"), wait=True) as lock:
-                if not path.exists():  # another process may have written it while this one waited
-                    _write(path, make())
-                shutil.rmtree(lock)
-        except OSError as error:
-            raise ValueError(
-                f"{folder}: what is known of {at_most} records is kept there for all processes of a machine, in up to "
-                f"{at_most * dtype.itemsize / 1e6:.1f} MB, and cannot be written ({error}): choose another cache_dir, "
-                "or make room"
-            ) from error
+    try:
+        write_once(path, lambda partial: _write(partial, make()))
+    except OSError as error:
+        raise ValueError(
+            f"{folder}: what is known of {at_most} records is kept there for all processes of a machine, in up to "
+            f"{at_most * dtype.itemsize / 1e6:.1f} MB, and cannot be written ({error}): choose another cache_dir, or "
+            "make room"
+        ) from error
     return mapped_rows(path, dtype), path
 
 
@@ -74,16 +67,9 @@ def mapped_rows(path: Path, dtype: np.dtype[Any]) -> np.ndarray:
 
 
 def _write(path: Path, parts: Iterable[np.ndarray]) -> None:
-    # Of this process alone: where a file system has no locks for several machines, the last one to finish wins.
-    partial = path.with_suffix(f".{socket.gethostname()}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            for part in parts:
-                file.write(part.tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    logger.info("%s: %.1f MB of rows for all processes", path, path.stat().st_size / 1e6)
+    with open(path, "wb") as file:
+        for part in parts:
+            file.write(part.tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+    logger.info("%s: %.1f MB of rows for all processes", path.parent, path.stat().st_size / 1e6)

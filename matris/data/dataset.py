@@ -6,19 +6,17 @@ import hashlib
 import json
 import logging
 import os
-import shutil
-import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache as cached
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from janus.data.exclusive import exclusive
+from janus.data.exclusive import write_once
 from janus.data.packing import Budget
 from janus.data.parallel_map import map_in_order
 from janus.data.shared_rows import blocks, mapped_rows, shared_rows
@@ -66,7 +64,6 @@ class StructureDataset:
     Attributes:
         stores: the files.
         task_names: levels of theory: those that the stores name, sorted, unless `joined` says others.
-        report: which keys the labels came from.
     """
 
     def __init__(
@@ -92,7 +89,11 @@ class StructureDataset:
         self._ends = np.cumsum([len(store) for store in stores])
         self._cache, self._key = cache, key
         self._rows, self._file = shared_rows(rows, ROW, at_most=at_most, key=key, folder=cache)
-        self.report = PrepareReport.join(PrepareReport.of_store(store) for store in stores)
+
+    @cached_property
+    def report(self) -> PrepareReport:
+        """Which keys the labels came from."""
+        return PrepareReport.join(PrepareReport.of_store(store) for store in self.stores)
 
     @property
     def sizes(self) -> np.ndarray:
@@ -187,14 +188,13 @@ class StructureDataset:
 
     def columns(self, names: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
         """Fields that have one entry per record, (_,) each, of consecutive records."""
-        for block in blocks(len(self), COPY_RECORDS):
-            yield overview(self._ranges(self._rows["place"][block]), names)[0]
+        return (overview(ranges, names)[0] for _, ranges in self._parts())
 
     def elements(self) -> np.ndarray:
         """Atomic numbers that there are, sorted. Reads all structures once, in bounded memory."""
         found: set[int] = set()
-        for block in blocks(len(self), COPY_RECORDS):
-            found.update(np.unique(gather(self._ranges(self._rows["place"][block])).values["numbers"]).tolist())
+        for _, ranges in self._parts():
+            found.update(np.unique(gather(ranges).values["numbers"]).tolist())
         return np.array(sorted(found))
 
     def within(self, *, max_force: float | None, max_stress: float | None) -> StructureDataset:
@@ -207,9 +207,8 @@ class StructureDataset:
         limits = [np.inf if limit is None else limit for limit in (max_force, max_stress)]
 
         def rows() -> Iterator[np.ndarray]:
-            for block in blocks(len(self), COPY_RECORDS):
-                own = self._rows[block]
-                yield own[(_largest_labels(gather(self._ranges(own["place"]))) <= limits).all(axis=1)]
+            for own, ranges in self._parts():
+                yield own[(_largest_labels(gather(ranges)) <= limits).all(axis=1)]
 
         return self._derived(rows, "within", max_force, max_stress)
 
@@ -265,6 +264,12 @@ class StructureDataset:
             cache=self._cache,
             key=_key_of([self._key], *facts),
         )
+
+    def _parts(self) -> Iterator[tuple[np.ndarray, list[Range]]]:
+        """Rows of consecutive records, few enough to read, and where the records are."""
+        for block in blocks(len(self), COPY_RECORDS):
+            rows = self._rows[block]
+            yield rows, self._ranges(rows["place"])
 
     def _ranges(self, places: np.ndarray) -> list[Range]:
         """Where records are, (n,) by their places in all stores; those that follow one another together."""
@@ -387,11 +392,11 @@ def open_dataset(
                 check_split_key(store, split_key)
             stores.append(store)
             sizes.append(_sizes(store, cache, options, num_workers))
-    task_names = PrepareReport.join(PrepareReport.of_store(store) for store in stores).tasks
+    report = PrepareReport.join(PrepareReport.of_store(store) for store in stores)
     dataset = StructureDataset(
         stores,
-        task_names,
-        partial(_opened_rows, stores, sizes, task_names),
+        report.tasks,
+        partial(_opened_rows, stores, sizes, report.tasks),
         at_most=sum(map(len, stores)),
         cache=cache,
         key=[VERSION, pairwise_cutoff, three_body_cutoff, *(_state_of(store) for store in stores)],
@@ -399,7 +404,7 @@ def open_dataset(
     where = ", ".join(map(str, paths))
     if not len(dataset):
         raise ValueError(f"{where}: no structure at all")
-    check_wanted(dataset.report, wanted, keys, where, option_prefix=option_prefix)
+    check_wanted(report, wanted, keys, where, option_prefix=option_prefix)
     return dataset
 
 
@@ -439,28 +444,18 @@ def _sizes(store: StoreReader, cache: Path, options: PrepareOptions, num_workers
     kept = cache / f"{store.path.stem}-{hashlib.sha256(name.encode()).hexdigest()[:16]}.sizes.npy"
     if not kept.exists():
         check_writable(cache)  # before the work
-        cache.mkdir(parents=True, exist_ok=True)
-        with exclusive(kept.with_suffix(".lock"), wait=True) as lock:
-            if not kept.exists():  # another process may have counted while this one waited
-                _write_sizes(kept, store, cutoffs, num_workers)
-            shutil.rmtree(lock)
+        logger.info("%s: counting edges and angles within %g and %g A", store.path, *cutoffs)
+        write_once(kept, partial(_write_sizes, store=store, cutoffs=cutoffs, num_workers=num_workers))
     return np.load(kept, mmap_mode="r")
 
 
-def _write_sizes(kept: Path, store: StoreReader, cutoffs: tuple[float, float], num_workers: int) -> None:
-    logger.info("%s: counting edges and angles within %g and %g A", store.path, *cutoffs)
+def _write_sizes(path: Path, *, store: StoreReader, cutoffs: tuple[float, float], num_workers: int) -> None:
     ranges = [(part.start, part.stop) for part in blocks(len(store), COPY_RECORDS)]
     work = partial(_count, store=store, cutoffs=cutoffs)
-    partial_file = kept.with_suffix(f".{socket.gethostname()}.{os.getpid()}.partial")
-    try:
-        counted = np.lib.format.open_memmap(partial_file, "w+", np.int64, (len(store), 3))
-        for (start, stop), sizes in zip(ranges, map_in_order(work, ranges, num_workers=num_workers), strict=True):
-            counted[start:stop] = sizes
-        counted.flush()
-        os.replace(partial_file, kept)
-    except BaseException:
-        partial_file.unlink(missing_ok=True)
-        raise
+    counted = np.lib.format.open_memmap(path, "w+", np.int64, (len(store), 3))
+    for (start, stop), sizes in zip(ranges, map_in_order(work, ranges, num_workers=num_workers), strict=True):
+        counted[start:stop] = sizes
+    counted.flush()
 
 
 def _state_of(store: StoreReader) -> list[Any]:
