@@ -150,7 +150,13 @@ class Planner:
                 "recompute full with sharded experts",
                 "recompute full needs experts at home (-home), or no expert axis: choose another policy",
             )
-        wanted = min(own, self.job.micro_batch or 1)
+        wanted = self.job.micro_batch or 1
+        if wanted > own:
+            raise NoPlanError(
+                "fewer structures than a micro-batch",
+                f"the micro-batch is {wanted} structures, but a rank has {own} of the global batch of "
+                f"{self.job.global_batch}: choose a smaller one, or a larger global batch",
+            )
         for policy in policies:
             memory = self._memory(layout, wanted, policy)
             if memory.total <= memory.available:

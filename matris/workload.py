@@ -27,6 +27,8 @@ class Workload:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= smallest):
                 raise ValueError(f"a structure of {value:g} {name}: give a mean number of at least {smallest:g}")
+        if self.angles and not self.edges:
+            raise ValueError(f"a structure of {self.angles:g} angles and no edges: angles are between two edges")
 
     def rows(self, structures: int, *, parts: int, cutoff: float) -> RankRows:
         """Of a micro-batch on one of the ranks that share its atoms.

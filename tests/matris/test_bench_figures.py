@@ -26,7 +26,10 @@ def test_picture_of_two_reports(tmp_path: Path) -> None:
     assert output.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"sides": {}}', '{"systems": [{}]}', '{"systems": 1}'])
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[]", '{"sides": {}}', '{"systems": [{}]}', '{"systems": 1}', '{"systems": [{"system": "a", "sides": []}]}'],
+)
 def test_other_files_are_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "a.json"
     path.write_text(content)
@@ -34,7 +37,15 @@ def test_other_files_are_refused(tmp_path: Path, content: str) -> None:
         figures.read_systems(path)
 
 
-def test_ours_alone_has_no_ratio(tmp_path: Path) -> None:
-    path = _report(tmp_path / "a.json", "nacl:1", {"default": (1.0, 1.0)})
-    with pytest.raises(ValueError, match=r"a\.json has no times of the reference: make it with --reference_python"):
+@pytest.mark.parametrize("side", ["default", "reference"])
+def test_one_side_alone_has_no_ratio(tmp_path: Path, side: str) -> None:
+    path = _report(tmp_path / "a.json", "nacl:1", {side: (1.0, 1.0)})
+    with pytest.raises(ValueError, match=r"a\.json has no times of the reference and ours: make it with"):
         figures.read_systems(Path(path))
+
+
+def test_report_of_no_system_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('{"systems": []}')
+    with pytest.raises(ValueError, match=r"a\.json has no times of the reference and ours"):
+        figures.read_systems(path)

@@ -84,9 +84,11 @@ def test_borrowed_rows_are_about_those_of_a_real_cut(atoms: Any, num_structures:
     assert 1 / 2.5 < rows.edge_halo.borrowed / (report.edges.sum() / parts) < 2.5
 
 
-def test_a_structure_needs_an_atom() -> None:
+def test_a_structure_needs_an_atom_and_angles_need_edges() -> None:
     with pytest.raises(ValueError, match="0.5 atoms: give a mean number of at least 1"):
         Workload(atoms=0.5, edges=1.0, angles=1.0)
+    with pytest.raises(ValueError, match="5 angles and no edges"):
+        Workload(atoms=1.0, edges=0.0, angles=5.0)
 
 
 # Predictions ----------------------------------------------------------------------------------------------------------
@@ -217,6 +219,12 @@ def test_a_smaller_last_micro_batch_sends_less() -> None:
             "gp8",
             "more graph ranks than atoms",
             "8 ranks share 2 atoms",
+        ),
+        (
+            {"micro_batch": 5, "global_batch": 32},
+            "dp8",
+            "fewer structures than a micro-batch",
+            "the micro-batch is 5 structures, but a rank has 4 of the global batch of 32",
         ),
         ({"recompute": "full"}, "ep2", "recompute full with sharded experts", "experts at home"),
     ],

@@ -25,12 +25,13 @@ from matris.config import ModelConfig
 from matris.graph.build import build_graph
 from matris.graph.structure import Structure
 from matris.presets import PRESETS
-from tools.bench.report import BenchHelp, add_output, write_report
+from tools.bench.report import BenchHelp, add_output, at_least, run, write_report
 
 FILES = (
     *("acac/train_300K", "tio2_pbe/train", "s66x8/train", "water_pbe0ts/train", "mp_crystals/train"),
     *(f"mlearn_{element}/train" for element in ("Li", "Mo", "Si", "Ni", "Cu")),
 )
+MODELS = [name for name, hyper in PRESETS.items() if hyper.num_moe_experts]
 BALANCE = 1.05
 SITES = ("message", "update")
 
@@ -38,14 +39,18 @@ SITES = ("message", "update")
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=BenchHelp)
     parser.add_argument("--data", type=Path, required=True, help="directory of the data sets")
-    parser.add_argument("--models", nargs="+", default=["moe-s", "moe-m", "moe-l"], help="presets")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 512], help="numbers of virtual ranks")
-    parser.add_argument("--structures", type=int, nargs="+", default=[4, 32], help="per rank in a global batch")
-    parser.add_argument("--steps", type=int, default=3, help="global batches of each kind")
-    parser.add_argument("--repeats", type=int, default=20, help="timings of a step, of which the best counts")
-    parser.add_argument("--group", type=int, default=8, help="ranks that share whole experts at fixed homes")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["moe-s", "moe-m", "moe-l"], help="presets")
+    parser.add_argument("--ranks", type=at_least(1), nargs="+", default=[8, 64, 512], help="numbers of virtual ranks")
+    parser.add_argument("--structures", type=at_least(1), nargs="+", default=[4, 32], help="per rank in a global batch")
+    parser.add_argument("--steps", type=at_least(1), default=3, help="global batches of each kind")
+    parser.add_argument("--repeats", type=at_least(1), default=20, help="timings of a step, of which the best counts")
+    parser.add_argument("--group", type=at_least(1), default=8, help="ranks that share whole experts at fixed homes")
     add_output(parser)
     options = parser.parse_args()
+    if missing := [str(path) for path in _files(options.data) if not path.is_file()]:
+        parser.error(f"--data {options.data} has no {missing[0]}: it must hold all data sets that are counted")
+    if wrong := [ranks for ranks in options.ranks if ranks % options.group]:
+        parser.error(f"--ranks {' '.join(map(str, wrong))}: not a multiple of --group {options.group}")
     atoms, edges = _counts(options.data)
     print(
         f"{len(atoms)} structures, {atoms.sum()} atoms, {edges.sum()} edges, {(atoms.sum(axis=0) > 0).sum()} elements"
@@ -62,11 +67,15 @@ def main() -> int:
     return 0
 
 
+def _files(data: Path) -> list[Path]:
+    return [data / f"{name}.xyz.gz" for name in FILES]
+
+
 def _counts(data: Path) -> tuple[np.ndarray, np.ndarray]:
     """Atoms, and directed edges by their target, of each structure and element, (n, 118) int64."""
     config, atoms, edges = ModelConfig(), [], []
-    for name in FILES:
-        for frame in ase.io.iread(data / f"{name}.xyz.gz", index=":"):
+    for path in _files(data):
+        for frame in ase.io.iread(path, index=":"):
             structure = Structure(
                 numbers=frame.numbers.astype(np.int64),
                 positions=frame.positions,
@@ -161,4 +170,4 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run(main))

@@ -40,16 +40,22 @@ def read_systems(path: Path) -> list[dict[str, Any]]:
     """
     try:
         report = json.loads(path.read_text())
-        systems: list[dict[str, Any]] = report["systems"]
-        alone = any("reference" not in entry["sides"] for entry in systems)
-    except (ValueError, KeyError, TypeError) as error:
+        systems = [_read_system(entry) for entry in report["systems"]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} is not a report of step times: expected what `python -m tools.bench.step --output` writes, "
             "without --largest"
         ) from error
-    if alone:
-        raise ValueError(f"{path} has no times of the reference: make it with --reference_python")
+    if not systems or any("reference" not in entry["sides"] or len(entry["sides"]) < 2 for entry in systems):
+        raise ValueError(f"{path} has no times of the reference and ours: make it with --reference_python")
     return systems
+
+
+def _read_system(entry: dict[str, Any]) -> dict[str, Any]:
+    """What is drawn of an entry."""
+    sides = {side: {ratio: float(facts[ratio]) for ratio, *_ in PANELS} for side, facts in entry["sides"].items()}
+    counts = {name: int(entry[name]) for name in ("num_atoms", "num_angles")}
+    return {"system": str(entry["system"]), **counts, "sides": sides}
 
 
 def plot_steps(systems: list[dict[str, Any]], output: Path) -> None:

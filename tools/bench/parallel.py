@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from janus.comm.local import find_port
+from matris.config import ModelConfig
 from tools.bench.report import BenchHelp, add_output, at_least, run, write_report
 
 LAYOUTS = ("dp2", "fsdp2", "fsdp2-keep", "gp2", "tp2")
@@ -57,6 +58,7 @@ def main(words: list[str] | None = None) -> int:
         return 0
     if not options.experts and (wrong := [name for name in options.layouts if name in EXPERT_LAYOUTS]):
         parser.error(f"--layouts {' '.join(wrong)}: the model has no experts; give it some with --experts 8")
+    _model(options.layers, options.width, options.experts)  # refused before any process starts
     if len(os.sched_getaffinity(0)) < 2:
         parser.error("two CPUs are needed, one for each rank")
     with tempfile.TemporaryDirectory() as folder:
@@ -155,17 +157,12 @@ def _work(task: dict[str, Any]) -> dict[str, Any]:
 
     from janus.mesh import open_mesh
     from janus.training.step import train_step
-    from matris.config import ModelConfig
     from matris.layouts import Layout, parse_layout
     from matris.setup import build_setup
     from matris.train_config import DataConfig, ParallelConfig, TrainConfig, TrainingConfig
 
     torch.set_num_threads(1)
     layout = Layout() if task["layout"] is None else parse_layout(task["layout"])
-    model = ModelConfig(num_layers=task["layers"], hidden_size=task["width"])
-    if task["experts"]:
-        experts = {"num_moe_experts": task["experts"], "moe_router_topk": 2, "moe_ffn_hidden_size": task["width"]}
-        model = replace(model, num_elements=118, **experts)
     config = TrainConfig(
         data=DataConfig(
             train=[f"{task['folder']}/train.xyz"],
@@ -174,7 +171,7 @@ def _work(task: dict[str, Any]) -> dict[str, Any]:
             cache_dir=task["cache"],
         ),
         training=TrainingConfig(train_iters=1 + task["steps"], output=f"{task['folder']}/run", device="cpu"),
-        model=model,
+        model=_model(task["layers"], task["width"], task["experts"]),
         parallel=layout.applied(ParallelConfig()),
     )
     with open_mesh("cpu", shard=layout.shard, graph=layout.graph, tensor=layout.tensor, expert=layout.expert) as mesh:
@@ -192,6 +189,14 @@ def _work(task: dict[str, Any]) -> dict[str, Any]:
             "wire_bytes": dict(mesh.ledger.wire_bytes),
             "parameters": sum(parameter.numel() for parameter in setup.model.parameters()),
         }
+
+
+def _model(layers: int, width: int, experts: int) -> ModelConfig:
+    """Raises ValueError for sizes that no model has."""
+    model = ModelConfig(num_layers=layers, hidden_size=width)
+    if not experts:
+        return model
+    return replace(model, num_elements=118, num_moe_experts=experts, moe_router_topk=2, moe_ffn_hidden_size=width)
 
 
 def _table(report: dict[str, Any]) -> str:

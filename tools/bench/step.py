@@ -43,6 +43,8 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+REFERENCE = "0.1.0"
+"""Version of the reference package."""
 GPA = 1.0 / 160.21766208  # eV/A^3
 WEIGHTS = {"energy": 5.0, "forces": 5.0, "stress": 16.0}  # per eV/atom, eV/A, eV/A^3
 TOLERANCE = {"energy": 1e-5, "forces": 1e-4, "stress": 1e-4, "loss": 1e-4, "gradient_norm": 1e-3}
@@ -88,13 +90,18 @@ def main(words: list[str] | None = None) -> int:
     )
     add_output(parser)
     options = parser.parse_args(words)
-    if not options.without_reference and shutil.which(options.reference_python) is None:
-        parser.error(
-            f"--reference_python {options.reference_python}: no such program; name the python of that environment"
-        )
+    if not options.without_reference:
+        _check_reference(options.reference_python)
     for name in ("steps", "rounds", "threads", "layers"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} is {getattr(options, name)}: it must be at least 1")
+    if options.largest is not None:
+        if not 0.0 < options.largest < math.inf:
+            parser.error(f"--largest is {options.largest:g}: give a memory in GiB, above 0")
+        for name in ("systems", "steps", "rounds"):
+            if getattr(options, name) != parser.get_default(name):
+                parser.error(f"--largest takes one step of so many cells: leave out --{name}")
+    _our_config(vars(options))  # refused before any process starts
     for system in options.systems:
         try:
             _system(system)
@@ -108,11 +115,26 @@ def main(words: list[str] | None = None) -> int:
     return 0
 
 
+def _check_reference(python: str) -> None:
+    """Raises ValueError where this is no Python with the reference package."""
+    found = ""
+    if shutil.which(python) is not None:
+        asked = [python, "-c", "from importlib.metadata import version; print(version('matris'))"]
+        found = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+    if found != REFERENCE:
+        raise ValueError(
+            f"--reference_python {python}: no Python that has PyPI matris {REFERENCE}; make an environment for it "
+            f"(python3 -m venv REFERENCE && REFERENCE/bin/pip install matris=={REFERENCE}) and name its python"
+        )
+
+
 class _Workers:
     """Runs one side's share in a fresh process, which gives back what it found."""
 
     def __init__(self, options: argparse.Namespace, directory: Path) -> None:
         self.options, self.directory = options, directory
+        self.allocators: dict[str, dict[str, str]] = {}
+        """What the environment of each side's processes said of theirs."""
 
     def __call__(self, side: str, verb: str, system: str, **settings: Any) -> dict[str, Any]:
         options, directory = self.options, self.directory
@@ -127,7 +149,9 @@ class _Workers:
         done = subprocess.run(command, env=environment, cwd=directory, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"worker {side} {verb} failed:\n{done.stderr}")
-        return json.loads(done.stdout.splitlines()[-1])
+        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        self.allocators[side] = found.pop("allocator")
+        return found
 
     def time(self, side: str, system: str, **settings: Any) -> dict[str, Any]:
         """The reference, or a variant of ours."""
@@ -145,8 +169,8 @@ class _Workers:
             "width": options.width,
             "three_body_cutoff": options.three_body_cutoff,
             "smooth": options.smooth,
-            "preloaded": os.environ.get("LD_PRELOAD", ""),
             "as_launched": options.as_launched,
+            "allocators": self.allocators,
         }
 
 
@@ -258,8 +282,11 @@ def _table(report: dict[str, Any]) -> str:
         f"{report['layers']} layers, width {report['width']}, {report['parameters']} parameters, fp32, "
         f"{report['threads']} threads"
         + (", ours smooth" if report["smooth"] else "")
-        + (f", all with {report['preloaded']}" if report["preloaded"] else "")
         + (", ours as launched" if report["as_launched"] else ""),
+        *(
+            f"allocator of {side}: {' '.join(value for value in allocator.values() if value) or 'of the C library'}"
+            for side, allocator in report["allocators"].items()
+        ),
         "| system | atoms | angles | side | s per step (median) | spread | peak MiB | faster | memory |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
@@ -543,29 +570,37 @@ def _our_side(settings: dict[str, Any], *, predict: bool) -> tuple[Callable[[], 
 
 def _our_model(settings: dict[str, Any]) -> Any:
     """With the weights that the reference left, or where it takes no part with new ones of the same sizes."""
-    from matris.config import ModelConfig
     from matris.exported import load_model
     from matris.model import MatRIS
     from matris.reference import convert_reference
 
     checkpoint, converted = (Path(settings["directory"]) / name for name in ("reference.pth.tar", "model"))
     if not checkpoint.exists():
-        width = settings["width"]
-        config = ModelConfig(
-            num_layers=settings["layers"],
-            hidden_size=width,
-            three_body_cutoff=settings["three_body_cutoff"],
-            readout_hidden_sizes=(2 * width, width, width),
-            smooth_attention=False,
-        )
-        return MatRIS(config, seed=0)
+        return MatRIS(_our_config(settings), seed=0)
     if not converted.exists():
         convert_reference(checkpoint, converted)
     return load_model(converted)
 
 
+def _our_config(settings: dict[str, Any]) -> Any:
+    """Sizes of the released models. Raises ValueError for sizes that no model has."""
+    from matris.config import ModelConfig
+
+    width = settings["width"]
+    return ModelConfig(
+        num_layers=settings["layers"],
+        hidden_size=width,
+        three_body_cutoff=settings["three_body_cutoff"],
+        readout_hidden_sizes=(2 * width, width, width),
+        smooth_attention=False,
+    )
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["worker"]:
-        print(json.dumps(worker(sys.argv[2], sys.argv[3], json.loads(sys.argv[4]))))
+        allocator = {name: os.environ.get(name, "") for name in ("LD_PRELOAD", "GLIBC_TUNABLES")}
+        print(json.dumps({**worker(sys.argv[2], sys.argv[3], json.loads(sys.argv[4])), "allocator": allocator}))
         sys.exit(0)
-    sys.exit(main())
+    from tools.bench.report import run
+
+    sys.exit(run(main))
