@@ -12,8 +12,10 @@ noticed wherever it is read.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -28,6 +30,7 @@ FORMAT = "janus-store"
 VERSION = 3
 CHUNK_BYTES = 16 * 1024  # of new files; small, because a random read loads and checks whole chunks
 CACHE_BYTES = 1024 * 1024  # of chunks, for each table of an open store: every process of every rank has its own
+SPARE_BYTES = 1 << 24  # that a disk must have beyond what is written now: other processes write too
 COPY_RECORDS = 4096  # records held in memory at a time when stores are copied
 
 
@@ -85,6 +88,9 @@ class StoreWriter:
     """Writes `PATH.partial`, which becomes `PATH` in `finish` alone.
 
     As a context manager it removes the partial file when the block raises.
+
+    Raises:
+        OSError: the disk is full, told before anything is damaged.
     """
 
     def __init__(self, path: Path | str, fields: Sequence[Field]) -> None:
@@ -138,6 +144,7 @@ class StoreWriter:
             self._partial.unlink(missing_ok=True)
 
     def _append(self, columns: Columns) -> None:
+        self._check_space(columns)
         records = np.zeros(columns.num_records, _row_type(self.fields, None))
         for name, mask in columns.masks.items():
             records[_mask_name(name)] = mask
@@ -151,6 +158,17 @@ class StoreWriter:
         self._fill(records, columns, None)
         _extend(self._file[_table_name(None)], records)
         self.num_records += columns.num_records
+
+    def _check_space(self, columns: Columns) -> None:
+        """Before HDF5 meets the full disk: it then cannot close the file, and may end the process.
+
+        Raises:
+            OSError: the rows would leave less than `SPARE_BYTES` on the disk.
+        """
+        rows = {None: columns.num_records} | {axis: int(counts.sum()) for axis, counts in columns.counts.items()}
+        size = sum(count * _row_type(self.fields, axis).itemsize for axis, count in rows.items())
+        if shutil.disk_usage(self.path.parent).free < size + SPARE_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
     def _fill(self, rows: np.ndarray, columns: Columns, axis: str | None) -> None:
         for field in self.fields:

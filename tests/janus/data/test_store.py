@@ -1,5 +1,6 @@
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from janus.data.store import Field, StoreReader, StoreWriter, gather, overview
+from janus.data.store import SPARE_BYTES, Field, StoreReader, StoreWriter, gather, overview
 
 FIELDS = (
     Field(name="position", dtype="float64", shape=(3,), axis="atom"),
@@ -97,6 +98,15 @@ def test_wrong_shape_is_refused_and_nothing_is_left(tmp_path):
     with pytest.raises(ValueError, match="force"), StoreWriter(tmp_path / "a.h5", FIELDS) as writer:
         writer.append([record])
     assert os.listdir(tmp_path) == []
+
+
+def test_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=SPARE_BYTES))
+    path = tmp_path / "a.h5"
+    with pytest.raises(OSError, match="No space left on device: .*a.h5'"), StoreWriter(path, FIELDS) as writer:
+        writer.append(make_records(3))
+    assert not list(tmp_path.iterdir())
 
 
 def test_index_out_of_range(tmp_path):
