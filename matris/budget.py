@@ -136,7 +136,7 @@ def memory_room(
             "state: share the weights over more ranks (parallel.fully_sharded_size), or give more memory"
         )
     found = [
-        _needs(model, policy, sizes, together * for_batches)
+        _needs(model, policy, sizes, together * for_batches, weights.waiting)
         for policy in (policies if recompute == "auto" else (recompute,))
     ]
     room = [together * (for_batches - needs.unit.constant) - needs.largest for needs in found]
@@ -165,15 +165,17 @@ class _Needs:
     largest: float
 
 
-def _needs(model: MatRIS, policy: str, sizes: np.ndarray, available: float) -> _Needs:
+def _needs(model: MatRIS, policy: str, sizes: np.ndarray, available: float, waiting: int) -> _Needs:
     """
     Args:
         available: for a micro-batch and the constant of its bytes.
+        waiting: bytes of `WeightMemory`, which count as constant ones of micro-batches where they are needed.
     """
     model.set_recompute(policy)
+    waiting = 0 if model.recompute_blocks else waiting
 
     def line(recompute_bytes: int | None) -> UnitBytes:
-        return unit_bytes(
+        unit = unit_bytes(
             model.hyper,
             recompute_bytes=recompute_bytes,
             recompute_blocks=model.recompute_blocks,
@@ -182,6 +184,7 @@ def _needs(model: MatRIS, policy: str, sizes: np.ndarray, available: float) -> _
             kernels=kernels_in_use(),
             expert_ranks=model.mesh.expert.size,
         )
+        return replace(unit, constant=unit.constant + waiting)
 
     # Small results are kept, so small micro-batches need no more than if all were.
     lines = [line(model.recompute_bytes)] + ([line(None)] if model.recompute_bytes else [])

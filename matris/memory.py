@@ -8,9 +8,8 @@ programs: they were fitted to exact counts of living tensor bytes over widths, d
 `tests/matris/test_memory.py` counts again, elsewhere, and allows a tenth.
 
 With full recomputation a block keeps three rows of features per row: its inputs, what arrives at it in the force pass,
-and what arrives in the second one. All else is there of one block alone, in its last pass, and is at its most in one of
-two moments: in the second derivative of the angles' norm, or in that of the experts, whose gradients are handed over
-when the pass is over, all at once.
+and what arrives in the second one. All else is there of one block alone, in its last pass, with the gradients of its
+weights, which are handed over when that is over, all at once. It is at its most in one of two or three moments.
 
 A tensor axis divides most of it, which is not counted, and neither is what a rank borrows over a graph axis.
 """
@@ -65,25 +64,25 @@ class Rows:
 
 
 _KEPT = Rows(
-    atom=Held(block=49.2, once=30.3),
-    undirected=Held(block=136.6, once=2.9),
-    angle=Held(block=47.9, once=16.4, numbers=16.7),
+    atom=Held(block=0.0, once=60.4),
+    undirected=Held(block=117.2, once=11.5),
+    angle=Held(block=44.2, once=10.7),
 )
 """Without recomputation."""
 _MADE_AGAIN = Rows(
-    atom=Held(block=160.5),
-    undirected=Held(block=101.1, once=1.7),
-    angle=Held(block=27.2, once=22.9),
+    atom=Held(block=28.2, once=43.7),
+    undirected=Held(block=78.3, once=28.3),
+    angle=Held(block=28.2, once=19.1),
 )
 _KEPT_WITH_EXPERTS = Rows(
-    atom=Held(block=48.8, once=39.7, expert_block=17.4),
-    undirected=Held(block=161.6, expert_block=29.8, expert_once=0.2),
-    angle=Held(block=48.2, once=15.4),
+    atom=Held(block=0.0),
+    undirected=Held(block=121.0, expert_block=29.4),
+    angle=Held(block=43.0, once=3.5),
 )
 _MADE_AGAIN_WITH_EXPERTS = Rows(
-    atom=Held(block=205.5, once=41.1, expert_block=54.7),
-    undirected=Held(block=138.8, expert_block=17.7),
-    angle=Held(block=28.5, once=6.5),
+    atom=Held(block=31.0),
+    undirected=Held(block=89.0, expert_block=14.8),
+    angle=Held(block=27.7, once=16.9),
 )
 
 
@@ -93,38 +92,70 @@ class Moment:
 
     Attributes:
         rows: that are held.
-        num_sites: of the block's two sites of experts, those whose weights have their gradients by then.
+        num_sites: of experts, whose weights have gradients by then that the block still holds, and that are on the way.
+        num_squares: likewise of other weights, in squares of the width.
+        num_hidden: likewise of those that shared experts have (without experts the attention), in products of the width
+            and the hidden width.
     """
 
     rows: Rows
-    num_sites: int = 0
+    num_sites: int
+    num_squares: int
+    num_hidden: int
 
 
 _BLOCKS_MADE_AGAIN = (
-    Moment(
+    Moment(  # the angles' norm
         rows=Rows(
-            atom=Held(block=3.0, once=89.9),
-            undirected=Held(block=3.0, once=98.8),
-            angle=Held(block=3.0, once=54.4),
-        )
+            atom=Held(block=3.0, once=48.5),
+            undirected=Held(block=3.0, once=84.2),
+            angle=Held(block=3.0, once=54.7),
+        ),
+        num_sites=0,
+        num_squares=32,
+        num_hidden=16,
+    ),
+    Moment(  # the attention over atoms
+        rows=Rows(
+            atom=Held(block=3.0, once=38.1),
+            undirected=Held(block=3.0, once=132.5),
+            angle=Held(block=3.0, once=28.6),
+        ),
+        num_sites=0,
+        num_squares=46,
+        num_hidden=16,
     ),
 )
 _BLOCKS_MADE_AGAIN_WITH_EXPERTS = (
     Moment(  # the angles' norm
         rows=Rows(
-            atom=Held(block=3.0, once=107.1, expert_once=6.1),
-            undirected=Held(block=3.0, once=108.6, expert_once=12.2),
-            angle=Held(block=3.0, once=53.7),
+            atom=Held(block=3.0, once=56.7),
+            undirected=Held(block=3.0, once=93.4, expert_once=10.0),
+            angle=Held(block=3.0, once=55.0),
         ),
         num_sites=2,
+        num_squares=37,
+        num_hidden=16,
     ),
     Moment(  # the experts that make messages
         rows=Rows(
-            atom=Held(block=3.0, expert_once=17.4),
-            undirected=Held(block=3.0, once=127.5, expert_once=34.7),
-            angle=Held(block=3.0, once=26.6),
+            atom=Held(block=3.0, expert_once=11.1),
+            undirected=Held(block=3.0, once=117.3, expert_once=34.0),
+            angle=Held(block=3.0, once=26.3),
         ),
         num_sites=1,
+        num_squares=33,
+        num_hidden=8,
+    ),
+    Moment(  # the end of the pass, when the gradients of all weights are handed over
+        rows=Rows(
+            atom=Held(block=3.0, expert_once=39.3),
+            undirected=Held(block=3.0, once=127.2, expert_once=3.7),
+            angle=Held(block=3.0, once=24.1),
+        ),
+        num_sites=3,
+        num_squares=51,
+        num_hidden=16,
     ),
 )
 _SHARES = {"bf16-mixed": (0.85, 0.93, 0.9), "native": (0.92, 0.9, 0.79), "released form": (0.95, 1.0, 1.0)}
@@ -238,8 +269,13 @@ def _share(
 
 def _moments(config: ModelConfig, share: float, itemsize: int, expert_ranks: int) -> list[UnitBytes]:
     """Bytes in each moment of a block that is made again."""
+    width = config.hidden_size
+    hidden = config.moe_ffn_hidden_size if config.num_moe_experts else width
     # Of a token, three rows of features, to a hidden layer for core and gate, and from each to a row of features.
-    site = -(-config.num_moe_experts // expert_ranks) * 8 * config.hidden_size * config.moe_ffn_hidden_size
+    site = -(-config.num_moe_experts // expert_ranks) * 8 * width * hidden
+
+    def weights(moment: Moment) -> int:
+        return moment.num_sites * site + (moment.num_squares * width + moment.num_hidden * hidden) * width
 
     def of_row(rows: Rows, kind: str) -> float:
         held: Held = getattr(rows, kind)
@@ -248,7 +284,7 @@ def _moments(config: ModelConfig, share: float, itemsize: int, expert_ranks: int
 
     return [
         UnitBytes(
-            constant=float(itemsize * moment.num_sites * site),
+            constant=float(itemsize * weights(moment)),
             atom=of_row(moment.rows, "atom"),
             edge=of_row(moment.rows, "undirected") / 2.0,
             angle=of_row(moment.rows, "angle"),

@@ -165,7 +165,7 @@ class Planner:
             raise NoPlanError(
                 "does not fit the memory",
                 f"layout {layout.name} needs {memory.total / 1e9:.4g} GB on each rank ({memory.weights / 1e9:.4g} of "
-                f"weights and optimizer, {(memory.gathered + memory.experts) / 1e9:.4g} gathered, "
+                f"weights and optimizer, {(memory.gathered + memory.experts) / 1e9:.4g} gathered or waiting, "
                 f"{memory.activations / 1e9:.4g} of {wanted} structures with recompute {policy}), and "
                 f"{memory.available / 1e9:.4g} GB may be used: share weights (fsdp, ep), or structures (gp)",
             )
@@ -195,7 +195,7 @@ class Planner:
             experts = weights.gathered_experts * held / even
         return MemoryUse(
             weights=weights.held,
-            gathered=weights.gathered,
+            gathered=weights.gathered + (0 if policy == "full" else weights.waiting),
             experts=experts,
             activations=activations,
             available=USED * 1e9 * self.job.machine.memory_GB,

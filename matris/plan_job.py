@@ -96,7 +96,7 @@ class MemoryUse:
 
     Attributes:
         weights: weights, gradients, moments and average, all the time.
-        gathered: of sharded weights, while they are gathered.
+        gathered: of sharded weights, while they are gathered, and of gradients that wait in the second backward pass.
         experts: likewise of sharded experts.
         activations: of the micro-batch.
         available: what may be used.

@@ -31,7 +31,8 @@ def prediction_lines(prediction: Prediction) -> list[str]:
         f"micro-batches      {prediction.micro_batches} of {prediction.micro_batch} structures for "
         f"{f'each {together} ranks together' if together > 1 else 'each rank'}, recompute {prediction.recompute}",
         f"memory per rank    {_GB(memory.total)} of {_GB(memory.available)} GB that may be used: "
-        f"{_GB(memory.weights)} weights, gradients and optimizer, {_GB(memory.gathered + memory.experts)} gathered, "
+        f"{_GB(memory.weights)} weights, gradients and optimizer, "
+        f"{_GB(memory.gathered + memory.experts)} gathered or waiting, "
         f"{_GB(memory.activations)} activations",
         f"FLOPs per rank     {prediction.flops / 1e12:.4g} TFLOP of matrix products in a step",
         "sent per rank      GB in a step, at least:",

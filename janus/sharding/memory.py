@@ -24,11 +24,15 @@ class WeightMemory:
             (`janus.sharding.passes`); 0 where nothing is sharded.
         gathered_experts: likewise of sharded experts, of which a rank gathers those that its plan names: counted for a
             plan that gives each rank equally many, and all of them at worst.
+        waiting: likewise of weights that are not gathered: their gradients by the force pass's nodes, which wait for
+            those by the forward pass's, and one that is on its way. Not where whole blocks are made again, each in a
+            pass of its own.
     """
 
     held: int
     gathered: int
     gathered_experts: int
+    waiting: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +40,14 @@ class WeightSizes:
     """Bytes of weights on one tensor rank, by what the ranks share.
 
     Attributes:
-        everywhere: trainable ones that all ranks have; frozen: likewise, not trained.
+        everywhere: trainable ones that all ranks have; frozen: likewise, not trained; largest: of one module.
         units: of each module that the shard axis shares; none without that axis.
         experts: of all experts of each site, if an expert axis shares them; num_experts: how many a site has.
     """
 
     everywhere: int
     frozen: int
+    largest: int
     units: tuple[int, ...]
     experts: tuple[int, ...]
     num_experts: tuple[int, ...]
@@ -66,8 +71,11 @@ class WeightSizes:
         shared = [{p for p in unit.parameters() if p not in apart} for unit in units]
         owned = [set(module.parameters(recurse=False)) for module in experts]
         outside = set(model.parameters()).difference(*shared, *owned)
+        trained = {parameter for parameter in outside if parameter.requires_grad}
+        of_modules = (trained.intersection(module.parameters(recurse=False)) for module in model.modules())
         return WeightSizes(
-            everywhere=sum(on_a_rank(parameter) for parameter in outside if parameter.requires_grad),
+            everywhere=sum(map(on_a_rank, trained)),
+            largest=max(sum(map(on_a_rank, parameters)) for parameters in of_modules),
             frozen=sum(on_a_rank(parameter) for parameter in outside if not parameter.requires_grad),
             units=tuple(sum(map(on_a_rank, parameters)) for parameters in shared),
             experts=tuple(sum(map(on_a_rank, parameters)) for parameters in owned),
@@ -82,6 +90,7 @@ class WeightSizes:
             for size, count in zip(self.experts, self.num_experts, strict=True)
             if not at_home
         ]
+        home = [-(-size // expert_ranks) for size in self.experts] if at_home else []
         return WeightMemory(
             held=COPIES * self.everywhere
             + self.frozen
@@ -89,6 +98,7 @@ class WeightSizes:
             + sum(COPIES * -(-size // expert_ranks) for size in self.experts),
             gathered=2 * sum(self.units) + max(self.units, default=0),
             gathered_experts=2 * sum(planned) + max(planned, default=0),
+            waiting=self.everywhere + sum(home) + max(self.largest, *home, 0),
         )
 
 

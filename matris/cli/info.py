@@ -47,8 +47,9 @@ def main(arguments: list[str]) -> int:
         "--layout",
         metavar="NAME",
         help="also the memory that training needs on each rank of a layout such as fsdp64xtp2 (as `verify` writes "
-        "them), without activations, which depend on the batch; of the weights that are gathered at the moment of a "
-        "step when most are there, and of sharded experts if the plan gives each rank equally many",
+        "them), without activations, which depend on the batch; with the weights that are gathered at the moment of a "
+        "step when most are there, of sharded experts if the plan gives each rank equally many, and of gradients that "
+        "wait for their second part, which they do not with recompute full",
     )
     options, rest = parser.parse_known_args(arguments)
     layout = None if options.layout is None else parse_layout(options.layout)
@@ -137,7 +138,8 @@ def _counts(model: MatRIS, layout: Layout | None) -> dict[str, Any]:
             "held_bytes": memory.held,
             "gathered_bytes": memory.gathered,
             "gathered_experts_bytes": memory.gathered_experts,
-            "total_GiB": round((memory.held + memory.gathered + memory.gathered_experts) / 2**30, 2),
+            "waiting_bytes": memory.waiting,
+            "total_GiB": round(sum(vars(memory).values()) / 2**30, 2),
         }
     }
 

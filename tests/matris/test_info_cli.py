@@ -150,9 +150,12 @@ def test_memory_of_a_layout(capsys: pytest.CaptureFixture[str]) -> None:
     frozen = 118  # reference energies, fp64: neither gradient nor moments nor average
     assert alone["held_bytes"] == 5 * 4 * (parameters - frozen) + 8 * frozen
     assert alone["gathered_bytes"] == 0
+    assert 4 * (parameters - frozen) < alone["waiting_bytes"] < 1.5 * 4 * (parameters - frozen)
+    assert alone["total_GiB"] == pytest.approx((alone["held_bytes"] + alone["waiting_bytes"]) / 2**30, abs=0.01)
     _, sharded = memory("fsdp4")
     assert sharded["held_bytes"] == pytest.approx(alone["held_bytes"] / 4, rel=1e-3)
     assert sharded["gathered_bytes"] > 2 * 4 * (parameters - frozen)
+    assert sharded["waiting_bytes"] < 1e-3 * alone["waiting_bytes"]
     _, split = memory("fsdp4xtp2")
     assert split["ranks"] == 8
     assert 0.5 < split["held_bytes"] / sharded["held_bytes"] < 0.6
