@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ import torch.distributed as dist
 from janus.comm.ledger import Ledger
 from janus.comm.watch import LostRanksError, Watch, is_of_a_collective
 from janus.grid import Grid
+from janus.megatron_import import megatron_import
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -284,9 +285,7 @@ def open_mesh(
         if quiet:
             watch.outlive_main_rank()
         if made_state:
-            from megatron.core import parallel_state
-
-            parallel_state.destroy_model_parallel()
+            _parallel_state().destroy_model_parallel()
         if not adopted and not (lost and place.type == "cuda"):  # NCCL would wait for the lost rank
             dist.destroy_process_group()
 
@@ -422,10 +421,16 @@ def _main_rank_failed() -> bool:
     return True
 
 
+def _parallel_state() -> Any:
+    """Megatron's module, which whoever needs no group need not load."""
+    with megatron_import():
+        from megatron.core import parallel_state
+    return parallel_state
+
+
 def _set_parallel_state(layout: Grid) -> bool:
     """Makes Megatron's groups, or checks those that exist. Returns whether they were made here."""
-    from megatron.core import parallel_state
-
+    parallel_state = _parallel_state()
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=layout.tensor,
@@ -451,8 +456,7 @@ def _set_parallel_state(layout: Grid) -> bool:
 
 def _mesh_of_state(layout: Grid, local_rank: int, device: torch.device, watch: Watch, ledger: Ledger) -> Mesh:
     """The mesh over Megatron's groups, and over those that the shard axis needs besides (made here, by all ranks)."""
-    from megatron.core import parallel_state
-
+    parallel_state = _parallel_state()
     rank = dist.get_rank()
     shape = (layout.data, layout.shard, layout.graph, layout.tensor)
     grid = np.arange(dist.get_world_size()).reshape(shape)

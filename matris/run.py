@@ -33,7 +33,6 @@ from matris.evaluation import collate_for, evaluate_dataset, evaluation_source
 from matris.exported import check_model, load_model, num_parameters
 from matris.metrics import metrics_line
 from matris.model import Prediction
-from matris.plots import plot_learning_curves, plot_parity
 from matris.run_table import run_table
 from matris.setup import Setup, build_setup, reference_source
 from matris.train_config import TrainConfig, to_plain
@@ -269,6 +268,9 @@ def _largest(values: Tensor) -> float:
 
 def _finish(setup: Setup, mesh: Mesh, output: Path, outcome: Outcome, precision: Precision, seconds: float) -> None:
     """Errors of the best model (of the last one without validation), and pictures."""
+    if mesh.is_main:  # matplotlib takes as long to load as a short training
+        from matris.plots import plot_learning_curves, plot_parity
+
     name = "last" if outcome.best_step is None else "best"
     model = load_model(output / name, precision=precision, mesh=_with_all_experts(mesh)).to(mesh.device)
     report: dict[str, Any] = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from functools import lru_cache
 
 import numpy as np
@@ -13,10 +12,10 @@ from janus.comm.adjoint import all_to_all
 from janus.comm.collectives import start_all_to_all
 from janus.expert_parallel.plan import ExpertPlan
 from janus.expert_parallel.wire import compressed_all_to_all
+from janus.megatron_import import megatron_import
 from janus.mesh import Axis
 
-with warnings.catch_warnings():
-    warnings.filterwarnings("ignore", "Transformer Engine and Apex are not installed", UserWarning)
+with megatron_import():
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
     from megatron.core.transformer.transformer_config import TransformerConfig

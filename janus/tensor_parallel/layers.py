@@ -8,7 +8,6 @@ A seed gives the same weights for every number of ranks: each rank draws the who
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -17,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from janus.comm.adjoint import copy, reduce, reduce_scatter
+from janus.megatron_import import megatron_import
 from janus.mesh import Axis
 from janus.ops.product import linear
 
-with warnings.catch_warnings():
-    warnings.filterwarnings("ignore", "Transformer Engine and Apex are not installed", UserWarning)
+with megatron_import():
     from megatron.core import tensor_parallel as megatron
     from megatron.core.model_parallel_config import ModelParallelConfig
     from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes

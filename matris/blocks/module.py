@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from janus.megatron_import import megatron_import
 from janus.mesh import Axis, Mesh
 from janus.ops.product import linear
 from janus.ops.silu import silu, silu_parts
@@ -18,9 +18,8 @@ from janus.sharding.logical import EXPERT_ATTRIBUTE
 from janus.tensor_parallel import ColumnParallelLinear, RowParallelLinear, megatron_group, parallel_gated_norm
 from matris.config import ModelConfig, NormType
 
-# All imports of Megatron's modules are here, because the first one warns of optional packages that are not needed.
-with warnings.catch_warnings():
-    warnings.filterwarnings("ignore", "Transformer Engine and Apex are not installed", UserWarning)
+# All imports of Megatron's modules are here, because the first one needs this.
+with megatron_import():
     from megatron.core.dist_checkpointing.mapping import ShardedTensor as ShardedTensor
     from megatron.core.model_parallel_config import ModelParallelConfig
     from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
