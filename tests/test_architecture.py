@@ -21,6 +21,7 @@ SOURCES = sorted(path for package in ("janus", "matris") for path in (ROOT / pac
 LEVELS = {
     "janus": (
         (
+            "janus.megatron_import",
             "janus.name_clash",
             "janus.file_errors",
             "janus.grid",

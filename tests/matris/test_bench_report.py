@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,7 @@ def test_step_of_ours_alone(tmp_path: Path) -> None:
     assert step.main(words.split()) == 0
     found = json.loads(output.read_text())
     assert found["versions"].keys() == {"ours"}
+    assert found["allocators"].keys() == {"ours"}
     assert found["systems"][0]["relative_difference"] == {}
     assert len(found["systems"][0]["sides"]["default"]["times_s"]) == 2
 
@@ -120,7 +122,12 @@ def test_step_of_ours_alone(tmp_path: Path) -> None:
     [
         ([], "--reference_python --without_reference is required"),
         (["--reference_python", "python", "--without_reference"], "not allowed with argument --reference_python"),
-        (["--reference_python", "none/python"], "--reference_python none/python: no such program"),
+        (["--reference_python", "none/python"], "--reference_python none/python: no Python that has PyPI matris 0.1.0"),
+        (["--reference_python", sys.executable], "no Python that has PyPI matris 0.1.0"),
+        (["--without_reference", "--width", "0"], "model.hidden_size is 0: it must be at least 1"),
+        (["--without_reference", "--three_body_cutoff", "9"], "model.three_body_cutoff is 9.0 A"),
+        (["--without_reference", "--largest", "-1"], "--largest is -1: give a memory in GiB"),
+        (["--without_reference", "--largest", "1", "--steps", "5"], "leave out --steps"),
     ],
 )
 def test_step_with_or_without_the_reference(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -59,7 +59,7 @@ LAUNCHED = ["bash", "-c", 'source "$0"; exec "$@"', str(ROOT / "examples" / "all
 
 def main(words: list[str] | None = None) -> int:
     """Prints a markdown table, and writes JSON where asked to."""
-    from tools.bench.report import BenchHelp, add_output, write_report  # not where the reference runs
+    from tools.bench.report import BenchHelp, add_output, at_least, write_report  # not where the reference runs
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=BenchHelp)
     control = parser.add_mutually_exclusive_group(required=True)
@@ -73,15 +73,17 @@ def main(words: list[str] | None = None) -> int:
         "molecules of ethanol (molecules:N)",
     )
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["default"], help="of ours")
-    parser.add_argument("--layers", type=int, default=6, help="interaction blocks of the released-like model")
+    parser.add_argument("--layers", type=at_least(1), default=6, help="interaction blocks of the released-like model")
     parser.add_argument("--width", type=int, default=128, help="feature width")
     parser.add_argument("--three_body_cutoff", type=float, default=4.5, help="of angles, Angstrom")
     parser.add_argument(
         "--largest", type=float, metavar="GIB", help="find the largest batch of cells within this memory"
     )
-    parser.add_argument("--steps", type=int, default=3, help="timed steps of each process, after one that is not timed")
-    parser.add_argument("--rounds", type=int, default=1, help="rounds of A B B A")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument(
+        "--steps", type=at_least(1), default=3, help="timed steps of each process, after one that is not timed"
+    )
+    parser.add_argument("--rounds", type=at_least(1), default=1, help="rounds of A B B A")
+    parser.add_argument("--threads", type=at_least(1), default=2, help="CPU threads")
     parser.add_argument(
         "--smooth", action="store_true", help="time ours with smooth attention (its default in training)"
     )
@@ -90,23 +92,19 @@ def main(words: list[str] | None = None) -> int:
     )
     add_output(parser)
     options = parser.parse_args(words)
-    if not options.without_reference:
-        _check_reference(options.reference_python)
-    for name in ("steps", "rounds", "threads", "layers"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} is {getattr(options, name)}: it must be at least 1")
-    if options.largest is not None:
-        if not 0.0 < options.largest < math.inf:
-            parser.error(f"--largest is {options.largest:g}: give a memory in GiB, above 0")
-        for name in ("systems", "steps", "rounds"):
-            if getattr(options, name) != parser.get_default(name):
-                parser.error(f"--largest takes one step of so many cells: leave out --{name}")
-    _our_config(vars(options))  # refused before any process starts
-    for system in options.systems:
-        try:
+    if options.largest is not None and not 0.0 < options.largest < math.inf:
+        parser.error(f"--largest is {options.largest:g}: give a memory in GiB, above 0")
+    for name in ("systems", "steps", "rounds") if options.largest is not None else ():
+        if getattr(options, name) != parser.get_default(name):
+            parser.error(f"--largest takes one step of so many cells: leave out --{name}")
+    try:  # all is refused before any process starts
+        if not options.without_reference:
+            _check_reference(options.reference_python)
+        _our_config(vars(options))
+        for system in options.systems:
             _system(system)
-        except ValueError as error:
-            parser.error(f"--systems: {error}")
+    except ValueError as error:
+        parser.error(str(error))
     with tempfile.TemporaryDirectory() as directory:
         work = _Workers(options, Path(directory))
         report = _compare(options, work) if options.largest is None else _largest(options, work)
@@ -117,11 +115,8 @@ def main(words: list[str] | None = None) -> int:
 
 def _check_reference(python: str) -> None:
     """Raises ValueError where this is no Python with the reference package."""
-    found = ""
-    if shutil.which(python) is not None:
-        asked = [python, "-c", "from importlib.metadata import version; print(version('matris'))"]
-        found = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
-    if found != REFERENCE:
+    ask = [shutil.which(python) or "false", "-c", "from importlib.metadata import version; print(version('matris'))"]
+    if subprocess.run(ask, capture_output=True, text=True, check=False).stdout.strip() != REFERENCE:
         raise ValueError(
             f"--reference_python {python}: no Python that has PyPI matris {REFERENCE}; make an environment for it "
             f"(python3 -m venv REFERENCE && REFERENCE/bin/pip install matris=={REFERENCE}) and name its python"
@@ -149,8 +144,7 @@ class _Workers:
         done = subprocess.run(command, env=environment, cwd=directory, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"worker {side} {verb} failed:\n{done.stderr}")
-        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-        self.allocators[side] = found.pop("allocator")
+        self.allocators[side], found = json.loads(done.stdout.splitlines()[-1])
         return found
 
     def time(self, side: str, system: str, **settings: Any) -> dict[str, Any]:
@@ -599,7 +593,7 @@ def _our_config(settings: dict[str, Any]) -> Any:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["worker"]:
         allocator = {name: os.environ.get(name, "") for name in ("LD_PRELOAD", "GLIBC_TUNABLES")}
-        print(json.dumps({**worker(sys.argv[2], sys.argv[3], json.loads(sys.argv[4])), "allocator": allocator}))
+        print(json.dumps([allocator, worker(sys.argv[2], sys.argv[3], json.loads(sys.argv[4]))]))
         sys.exit(0)
     from tools.bench.report import run
 
