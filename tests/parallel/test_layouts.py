@@ -9,15 +9,10 @@ import pytest
 from tests.parallel.gate import run_gate, write_gate_files
 from tests.parallel.ranks import run_ranks
 
-RUNS = {
-    2: (("mixed", "fp64"), ("small", "fp32"), ("molecules", "fp64"), ("mixed", "fp64", "experts")),
-    4: (("mixed", "fp64"),),
-    8: (("mixed", "fp64"),),
-}
 LAYOUTS = {
     2: "dp2 fsdp2 fsdp2-keep gp2 tp2",
     4: "dp4 gp4 tp4 fsdp4 fsdp4-keep dp2xfsdp2 fsdp2xgp2 fsdp2xtp2 gp2xtp2",  # the other pairs are in those of 8
-    8: "dp2xfsdp2-keepxgp2 dp2xfsdp2xtp2 dp2xgp2xtp2 fsdp2xgp2xtp2 fsdp2-keepxgp2xtp2",
+    8: "dp2xfsdp2-keepxgp2 dp2xfsdp2-keepxtp2 dp2xgp2xtp2 fsdp2xgp2xtp2",
 }
 EXPERT_LAYOUTS = {
     2: "ep2 ep2-home ep2xgp2 ep2-homexgp2 ep2xfsdp2 ep2-homexfsdp2 ep2xfsdp2-keep",
@@ -33,26 +28,37 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def assert_equal(world_size: int, folder: Path, names: list[str], runs: list[tuple[str, ...]]) -> None:
+    """Each run is data, precision, and a kind of model other than dense."""
+    for rows in run_ranks(world_size, run_gate, folder, names, runs, with_mesh=False, timeout=600.0):
+        assert len(rows) == len(names) * len(runs)
+        assert not [row for row in rows if not row.passed]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", LAYOUTS)
 def test_layouts_change_nothing(folder: Path, world_size: int) -> None:
-    names = LAYOUTS[world_size].split()
-    for rows in run_ranks(world_size, run_gate, folder, names, RUNS[world_size], with_mesh=False, timeout=600.0):
-        assert len(rows) == len(names) * len(RUNS[world_size])
-        assert not [row for row in rows if not row.passed]
+    assert_equal(world_size, folder, LAYOUTS[world_size].split(), [("mixed", "fp64")])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", EXPERT_LAYOUTS)
 def test_experts_may_be_anywhere(folder: Path, world_size: int) -> None:
     """Most of the experts get no token of these data; their gradients are compared all the same."""
-    names = EXPERT_LAYOUTS[world_size].split()
-    runs = [("mixed", "fp64", "experts")]
-    if world_size == 2:
-        runs += [("small", "fp32", "experts"), ("molecules", "fp64", "experts")]
-    for rows in run_ranks(world_size, run_gate, folder, names, runs, with_mesh=False, timeout=600.0):
-        assert len(rows) == len(names) * len(runs)
-        assert not [row for row in rows if not row.passed]
+    assert_equal(world_size, folder, EXPERT_LAYOUTS[world_size].split(), [("mixed", "fp64", "experts")])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layouts", "runs"),
+    [
+        ("dp2 fsdp2 fsdp2-keep gp2 tp2", [("mixed", "fp64", "experts")]),
+        ("fsdp2 gp2 tp2", [("small", "fp32"), ("molecules", "fp64")]),
+        ("ep2 ep2-homexgp2", [("small", "fp32", "experts"), ("molecules", "fp64", "experts")]),
+    ],
+)
+def test_other_models_precisions_and_data(folder: Path, layouts: str, runs: list[tuple[str, ...]]) -> None:
+    assert_equal(2, folder, layouts.split(), runs)
 
 
 @pytest.mark.slow
@@ -66,7 +72,4 @@ def test_experts_may_be_anywhere(folder: Path, world_size: int) -> None:
     ],
 )
 def test_recomputation_and_kernels_under_layouts(folder: Path, world_size: int, layouts: list[str], kind: str) -> None:
-    runs = [("mixed", "fp64", kind)]
-    for rows in run_ranks(world_size, run_gate, folder, layouts, runs, with_mesh=False, timeout=600.0):
-        assert len(rows) == len(layouts)
-        assert not [row for row in rows if not row.passed]
+    assert_equal(world_size, folder, layouts, [("mixed", "fp64", kind)])
