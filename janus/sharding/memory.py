@@ -90,15 +90,16 @@ class WeightSizes:
             for size, count in zip(self.experts, self.num_experts, strict=True)
             if not at_home
         ]
-        home = [-(-size // expert_ranks) for size in self.experts] if at_home else []
+        owned = [-(-size // expert_ranks) for size in self.experts]
+        home = owned if at_home else []
         return WeightMemory(
             held=COPIES * self.everywhere
             + self.frozen
             + sum(COPIES * -(-size // shards) for size in self.units)
-            + sum(COPIES * -(-size // expert_ranks) for size in self.experts),
+            + COPIES * sum(owned),
             gathered=2 * sum(self.units) + max(self.units, default=0),
             gathered_experts=2 * sum(planned) + max(planned, default=0),
-            waiting=self.everywhere + sum(home) + max(self.largest, *home, 0),
+            waiting=self.everywhere + sum(home) + max([self.largest, *home]),
         )
 
 

@@ -18,7 +18,7 @@ from janus.sharding.logical import EXPERT_ATTRIBUTE
 from janus.tensor_parallel import ColumnParallelLinear, RowParallelLinear, megatron_group, parallel_gated_norm
 from matris.config import ModelConfig, NormType
 
-# All imports of Megatron's modules are here, because the first one needs this.
+# All that blocks import of Megatron is here, inside of one `megatron_import`.
 with megatron_import():
     from megatron.core.dist_checkpointing.mapping import ShardedTensor as ShardedTensor
     from megatron.core.model_parallel_config import ModelParallelConfig
