@@ -196,7 +196,7 @@ class MatRIS(MegatronModule):
     @property
     def recompute_blocks(self) -> bool:
         """See the class; to be set before the weights are shared out."""
-        return self._interaction_blocks()[0].make_passes is make_again
+        return self._interaction_blocks()[0].whole.make_passes is make_again
 
     @recompute_blocks.setter
     def recompute_blocks(self, wanted: bool) -> None:
@@ -207,20 +207,24 @@ class MatRIS(MegatronModule):
                 "all"
             )
         for block in self._interaction_blocks():
-            block.make_passes = make_again if wanted else None
+            block.whole.make_passes = make_again if wanted else None
 
     def compile_blocks(self, *, or_plain: bool) -> None:
         """Computes all passes of the interaction blocks by compiled programs, which are made at the first batch.
+
+        Of blocks with experts the atom attention is left to autograd, for which rows an expert gets depends on the
+        batch.
 
         Args:
             or_plain: go on without them, with a warning, where that fails.
 
         Raises:
-            ValueError: for models with experts, and over a tensor or graph axis.
+            ValueError: over a tensor or graph axis.
         """
         make_passes = CompiledBlocks(self.config, or_plain=or_plain)
         for block in self._interaction_blocks():
-            block.make_passes = make_passes
+            for part in (block.lines, block.refinements) if block.has_experts else (block.whole,):
+                part.make_passes = make_passes
 
     def _interaction_blocks(self) -> list[InteractionBlock]:
         return [block for block in self.blocks if isinstance(block, InteractionBlock)]

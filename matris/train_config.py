@@ -336,8 +336,9 @@ class TrainingConfig:
         compile: `blocks` compiles all passes of an interaction block, from forward to second backward, into a few
             kernels with torch's inductor: less memory and fewer operations, for some minutes at the first start (later
             ones find kernels on disk), once for all sizes of batches. They are compared with the plain block before
-            use; a difference stops the run, or with `try` leaves all plain, with a warning. For models without experts,
-            with replicas and sharded weights; needs torch 2.8 and a C++ compiler (CPU) or Triton (CUDA).
+            use; a difference stops the run, or with `try` leaves it plain, with a warning. Of blocks with experts the
+            atom attention stays as it is, and so does all outside of blocks, for which `kernels` holds. With replicas,
+            sharded weights and experts over ranks; needs torch 2.8 and a C++ compiler (CPU) or Triton (CUDA).
         recompute: `selective` makes large results of element-wise operations (2 MiB and more) again in backward passes
             instead of keeping them, in the force pass and in the second backward pass alike: the same bits with less
             memory; `all` those of any size, `none` keeps them. `full` keeps of an interaction block only its inputs and
@@ -385,19 +386,11 @@ class TrainingConfig:
             _check_at_least(f"training.{name}", getattr(self, name), 0)
         if self.peak_tflops is not None and not self.peak_tflops > 0.0:
             raise ValueError(f"training.peak_tflops is {self.peak_tflops}: it must be positive")
-        if self.compile != "none":
-            self._check_compile()
-
-    def _check_compile(self) -> None:
-        for name, value, fitting, reason in (
-            ("recompute", self.recompute, self.recompute != "full", "its programs decide what is kept; take selective"),
-            ("kernels", self.kernels, self.kernels == "torch", "it has all kernels; take torch"),
-        ):
-            if not fitting:
-                raise ValueError(
-                    f"training.{name} is {value} and training.compile is {self.compile}: a compiled block does not go "
-                    f"with it, for {reason}"
-                )
+        if self.compile != "none" and self.recompute == "full":
+            raise ValueError(
+                f"training.recompute is full and training.compile is {self.compile}: programs decide what is kept of a "
+                "compiled block; take training.recompute selective"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The weights of a module as arguments of a function."""
+"""The weights of modules as arguments of a function."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ _ABSENT = object()
 
 
 class Weights:
-    """Where a module's parameters are read: lists them as they are when it runs, and lends it others.
+    """Where parameters of modules are read: lists them as they are when these run, and lends others.
 
-    To be made before the parameters are shared out: `janus.sharding` takes them from the module and puts gathered ones
-    in their places while it runs.
+    To be made before the parameters are shared out: `janus.sharding` takes them from the modules and puts gathered ones
+    in their places while they run.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, *modules: nn.Module) -> None:
         self._places = [
             (owner, attribute)
+            for module in modules
             for owner in module.modules()
             for attribute, parameter in owner._parameters.items()
             if parameter is not None
@@ -31,7 +32,7 @@ class Weights:
 
     @contextmanager
     def given(self, weights: Sequence[Tensor]) -> Iterator[None]:
-        """Inside, the module reads these."""
+        """Inside, the modules read these."""
         # An instance's own dictionary comes before the parameters of a module.
         before = [owner.__dict__.get(attribute, _ABSENT) for owner, attribute in self._places]
         for (owner, attribute), weight in zip(self._places, weights, strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -38,24 +38,75 @@ class Connectivity:
     line_basis: Tensor
 
     @property
-    def measured(self) -> Tensors:
+    def measured(self) -> dict[str, Tensor]:
         """What depends on the positions."""
-        return self.atom_graph.envelope, self.line_graph.envelope, self.pair_basis, self.line_basis
+        return {
+            "atom envelope": self.atom_graph.envelope,
+            "line envelope": self.line_graph.envelope,
+            "pair basis": self.pair_basis,
+            "line basis": self.line_basis,
+        }
 
-    def with_measured(self, values: Sequence[Tensor]) -> Connectivity:
-        """The same with other values of `measured`."""
-        of_atoms, of_lines, pair_basis, line_basis = values
+    def with_measured(self, values: Mapping[str, Tensor]) -> Connectivity:
+        """The same with other values of some or all of `measured`."""
+        found = {**self.measured, **values}
         return replace(
             self,
-            atom_graph=replace(self.atom_graph, envelope=of_atoms),
-            line_graph=replace(self.line_graph, envelope=of_lines),
-            pair_basis=pair_basis,
-            line_basis=line_basis,
+            atom_graph=replace(self.atom_graph, envelope=found["atom envelope"]),
+            line_graph=replace(self.line_graph, envelope=found["line envelope"]),
+            pair_basis=found["pair basis"],
+            line_basis=found["line basis"],
         )
 
 
-BlockFunction = Callable[[Tensors, Tensors], Tensors]
-"""From inputs with gradients, and weights, to outputs."""
+class Part:
+    """What may run by passes of its own (`janus.blockwise.function`): layers of a block, or all of them.
+
+    Args:
+        name: the same for parts that differ in their weights alone.
+        function: from features, and the graph, to features.
+        weights: that it reads.
+        features, measured: names of what it reads of features and of `Connectivity.measured`.
+
+    Attributes:
+        make_passes: gives the passes on a batch; by default, and where it gives none, all is left to autograd.
+    """
+
+    make_passes: Callable[[Part, Connectivity], Passes | None] | None
+
+    def __init__(
+        self,
+        name: str,
+        function: Callable[[Tensors, Connectivity], Tensors],
+        weights: Weights,
+        *,
+        features: Sequence[str],
+        measured: Sequence[str],
+    ) -> None:
+        self.name, self.weights = name, weights
+        self.features, self.measured = tuple(features), tuple(measured)
+        self._function = function
+        self.make_passes = None
+
+    def __call__(self, features: Tensors, graph: Connectivity) -> Tensors:
+        passes = None if self.make_passes is None else self.make_passes(self, graph)
+        if passes is None:
+            return self._function(features, graph)
+        return run_block(passes, (*features, *self.measured_of(graph)), self.weights.current())
+
+    def measured_of(self, graph: Connectivity) -> Tensors:
+        """What it reads of `graph.measured`."""
+        return tuple(graph.measured[name] for name in self.measured)
+
+    def on(self, graph: Connectivity) -> Callable[[Tensors, Tensors], Tensors]:
+        """The function of features with what was measured, and of weights."""
+
+        def function(x: Tensors, w: Tensors) -> Tensors:
+            features, measured = x[: len(self.features)], x[len(self.features) :]
+            with self.weights.given(w):
+                return self._function(features, graph.with_measured(dict(zip(self.measured, measured, strict=True))))
+
+        return function
 
 
 class InteractionBlock(MegatronModule):
@@ -65,11 +116,9 @@ class InteractionBlock(MegatronModule):
         is_last: the energy reads atoms only, so the last block leaves the edges and angles of its refinements alone.
 
     Attributes:
-        make_passes: gives the passes of this block on a batch; by default, and where it gives none, everything is left
-            to autograd.
+        whole, lines, refinements: all layers, the line attention, and both refinements as parts. The last two have all
+            layers but those with experts.
     """
-
-    make_passes: Callable[[InteractionBlock, Connectivity], Passes | None] | None
 
     def __init__(self, config: MatRISConfig, *, is_last: bool) -> None:
         super().__init__(config)
@@ -82,35 +131,49 @@ class InteractionBlock(MegatronModule):
         )
         self.line_refinement = LineRefinement(config)
         self.atom_refinement = AtomRefinement(config)
-        self.weights = Weights(self)
-        self.make_passes = None
+        envelopes, bases = ("atom envelope", "line envelope"), ("pair basis", "line basis")
+        features, last = ("atoms", "edges", "angles"), " of the last block" if is_last else ""
+        self.whole = Part(
+            f"block{last}", self._interact, Weights(self), features=features, measured=(*envelopes, *bases)
+        )
+        self.lines = Part(
+            "line attention",
+            self._attend_lines,
+            Weights(self.line_attention),
+            features=features[1:],
+            measured=envelopes[1:],
+        )
+        self.refinements = Part(
+            f"refinements{last}",
+            self._refine,
+            Weights(self.line_refinement, self.atom_refinement),
+            features=features,
+            measured=bases,
+        )
 
     def forward(
         self, atoms: Tensor, edges: Tensor, angles: Tensor, graph: Connectivity
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Features of atoms (N, width), undirected edges (U, width) and angles (A, width) to updated ones."""
-        passes = None if self.make_passes is None else self.make_passes(self, graph)
-        if passes is None:
-            return self._interact(atoms, edges, angles, graph)
-        found = run_block(passes, (atoms, edges, angles, *graph.measured), self.weights.current())
-        return (found[0], edges, angles) if self.is_last else (found[0], found[1], found[2])
+        """Features of atoms (N, width), undirected edges (U, width) and angles (A, width) to updated ones.
 
-    def function_on(self, graph: Connectivity) -> BlockFunction:
-        """What the block does: features and `graph.measured`, and its weights, to the features that are read later."""
+        The last block gives those of edges and angles back as they were.
+        """
+        atoms, *others = self.whole((atoms, edges, angles), graph)
+        edges, angles = others or (edges, angles)
+        return atoms, edges, angles
 
-        def function(x: Tensors, w: Tensors) -> Tensors:
-            with self.weights.given(w):
-                atoms, edges, angles, *measured = x
-                features = self._interact(atoms, edges, angles, graph.with_measured(measured))
-            return features[:1] if self.is_last else features
-
-        return function
-
-    def _interact(
-        self, atoms: Tensor, edges: Tensor, angles: Tensor, graph: Connectivity
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        edges, angles = self.line_attention(edges, angles, graph.line_graph)
+    def _interact(self, features: Tensors, graph: Connectivity) -> Tensors:
+        atoms, edges, angles = features
+        edges, angles = self.lines((edges, angles), graph)
         atoms, edges = self.atom_attention(atoms, edges, graph.atom_graph, graph.element)
+        return self.refinements((atoms, edges, angles), graph)
+
+    def _attend_lines(self, features: Tensors, graph: Connectivity) -> Tensors:
+        edges, angles = features
+        return self.line_attention(edges, angles, graph.line_graph)
+
+    def _refine(self, features: Tensors, graph: Connectivity) -> Tensors:
+        atoms, edges, angles = features
         edges, angles = self.line_refinement(
             edges,
             angles,
@@ -123,9 +186,9 @@ class InteractionBlock(MegatronModule):
         atoms, edges = self.atom_refinement(
             atoms, edges, graph.pair_basis, graph.atom_graph, update_edges=not self.is_last
         )
-        return atoms, edges, angles
+        return (atoms,) if self.is_last else (atoms, edges, angles)
 
 
-def make_again(block: InteractionBlock, graph: Connectivity) -> Passes:
+def make_again(part: Part, graph: Connectivity) -> Passes:
     """Full recomputation; what a pass makes again it holds as the whole model would."""
-    return MadeAgain(function=block.function_on(graph), recompute_bytes=recomputed_size())
+    return MadeAgain(function=part.on(graph), recompute_bytes=recomputed_size())

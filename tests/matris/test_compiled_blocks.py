@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
+from unittest.mock import Mock
 
 import pytest
 import torch
 from ase import Atoms
 from ase.build import bulk, molecule
 
+from janus.blockwise.traced import trace_block
+from janus.ops.fused import using_kernels
 from matris.blocks.compiled import CompiledBlocks
 from matris.config import ModelConfig, Precision
 from matris.graph.batch import GraphBatch
@@ -19,6 +23,7 @@ from tests.matris.structures import batch_of, rattled
 CONFIG = ModelConfig(
     num_layers=2, hidden_size=8, pairwise_cutoff=4.0, three_body_cutoff=3.0, num_radial=3, num_angular=3
 )
+EXPERTS = replace(CONFIG, num_moe_experts=4, moe_router_topk=2, moe_ffn_hidden_size=4, kv_channels=4)
 
 
 def results(model: MatRIS, batch: GraphBatch) -> list[torch.Tensor]:
@@ -34,24 +39,35 @@ def results(model: MatRIS, batch: GraphBatch) -> list[torch.Tensor]:
 
 
 @pytest.mark.slow
-def test_programs_equal_autograd() -> None:
-    model = MatRIS(CONFIG, precision=Precision.fp64, seed=0)
-    programs = CompiledBlocks(model.config, compiled=False)
+@pytest.mark.parametrize(
+    ("config", "names"),
+    [
+        (replace(CONFIG, num_layers=1), ["block of the last block"]),
+        (EXPERTS, ["line attention", "refinements", "refinements of the last block"]),
+    ],
+    ids=["dense", "experts"],
+)
+def test_programs_equal_autograd(config: ModelConfig, names: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = MatRIS(config, precision=Precision.fp64, seed=0)
+    monkeypatch.setattr("matris.model.CompiledBlocks", partial(CompiledBlocks, compiled=False))
+    monkeypatch.setattr("matris.blocks.compiled.trace_block", traced := Mock(side_effect=trace_block))
     frames = [bulk("Si", cubic=True), bulk("Cu").repeat((2, 1, 1)), molecule("CH3CH2OH")]
-    for chosen in (frames[:2], frames[2:], [Atoms("O")]):  # programs of the first serve the others
-        batch = batch_of(*(rattled(frame) for frame in chosen), config=CONFIG)
-        model.blocks[0].make_passes = model.blocks[1].make_passes = None
-        expected = results(model, batch)
-        model.blocks[0].make_passes = model.blocks[1].make_passes = programs
-        for ours, theirs in zip(results(model, batch), expected, strict=True):
-            scale = max(float(theirs.abs().max()) if theirs.numel() else 0.0, 1e-6)
-            torch.testing.assert_close(ours, theirs, rtol=0.0, atol=1e-10 * scale)
+    batches = [  # programs of the first serve the others
+        batch_of(*(rattled(frame) for frame in chosen), config=config)
+        for chosen in (frames[:2], frames[2:], [Atoms("O")])
+    ]
+    expected = [results(model, batch) for batch in batches]
+    assert not traced.called
+    model.compile_blocks(or_plain=False)
+    with using_kernels("native", torch.device("cpu")):  # for what stays outside
+        for batch, plain in zip(batches, expected, strict=True):
+            for ours, theirs in zip(results(model, batch), plain, strict=True):
+                scale = max(float(theirs.abs().max()) if theirs.numel() else 0.0, 1e-6)
+                torch.testing.assert_close(ours, theirs, rtol=0.0, atol=1e-10 * scale)
+    assert traced.call_count == len(names)
 
 
 def test_refusals() -> None:
-    experts = MatRIS(replace(CONFIG, num_moe_experts=4, moe_router_topk=2, moe_ffn_hidden_size=4, kv_channels=4))
-    with pytest.raises(ValueError, match=r"experts \(model.num_moe_experts is 4\) cannot be compiled"):
-        experts.compile_blocks(or_plain=False)
     with pytest.raises(ValueError, match="training.recompute is full and training.compile is blocks"):
         TrainingConfig(train_iters=1, compile="blocks", recompute="full")
 
@@ -69,5 +85,5 @@ def test_plain_blocks_where_programs_fail(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(RuntimeError, match="no kernels today"):
         model(batch)
     model.compile_blocks(or_plain=True)
-    with pytest.warns(RuntimeWarning, match="goes on without compiled blocks: no kernels today"):
+    with pytest.warns(RuntimeWarning, match="without compiled programs of the block: no kernels today"):
         assert torch.equal(model(batch).forces, expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,8 @@ import pytest
 
 import matris.blocks.compiled
 import matris.model
-from janus.blockwise.traced import TracedBlock
+from janus.blockwise.function import Tensors
+from janus.blockwise.traced import BlockFunction, TracedBlock, trace_block
 from janus.mesh import Launch, Mesh
 from matris.blocks.compiled import CompiledBlocks
 from matris.layouts import parse_layout
@@ -21,12 +23,12 @@ from matris.verify import Row, verify
 from tests.parallel.gate import gate_config, write_gate_files
 from tests.parallel.ranks import run_ranks
 
-LAYOUTS = ("dp2", "fsdp2", "fsdp2-keep")
+LAYOUTS = {"dense": ("dp2", "fsdp2", "fsdp2-keep"), "experts": ("dp2", "ep2xfsdp2", "ep2-homexfsdp2-keep")}
 
 
-def settings(folder: Path) -> TrainConfig:
+def settings(folder: Path, kind: str) -> TrainConfig:
     """Of a model of one block."""
-    config = gate_config(folder, "mixed")
+    config = gate_config(folder, "mixed", kind=kind)
     assert config.model is not None
     return replace(
         config,
@@ -35,32 +37,41 @@ def settings(folder: Path) -> TrainConfig:
     )
 
 
-def traced(config: TrainConfig) -> TracedBlock:
-    """The block, once for all ranks and layouts: a trace takes long."""
-    plain = replace(config, training=replace(config.training, compile="none"))
-    setup = build_setup(plain, Mesh())
-    programs = CompiledBlocks(setup.model.config, compiled=False)
-    setup.model.blocks[0].make_passes = programs
-    setup.model(next(iter(setup.train.batches(0))).micro_batches[0].graph)
-    (block,) = programs._blocks.values()
-    assert block is not None
-    return block
+def traced(config: TrainConfig) -> dict[int, TracedBlock]:
+    """By the number of their inputs, once for all ranks and layouts: a trace takes long."""
+    found = {}
+
+    def trace(function: BlockFunction, x: Tensors, *others: Tensors, rows: Sequence[str]) -> TracedBlock:
+        found[len(x)] = trace_block(function, x, *others, rows=rows)
+        return found[len(x)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("matris.blocks.compiled.trace_block", trace)
+        patch.setattr("matris.model.CompiledBlocks", partial(CompiledBlocks, compiled=False))
+        setup = build_setup(config, Mesh())
+        setup.model(next(iter(setup.train.batches(0))).micro_batches[0].graph)
+    return found
 
 
-def run_compiled(launch: Launch, config: TrainConfig, block: TracedBlock) -> tuple[list[Row], int]:
-    """Rows of all layouts, and how often they asked for the block."""
-    asked = Mock(return_value=block)
+def run_compiled(
+    launch: Launch, config: TrainConfig, programs: dict[int, TracedBlock], names: Sequence[str]
+) -> tuple[list[Row], int]:
+    """Rows of all layouts, and how often they asked for programs."""
+    asked = Mock(side_effect=lambda function, x, *others, **options: programs[len(x)])
     matris.blocks.compiled.trace_block = asked
     matris.model.CompiledBlocks = partial(CompiledBlocks, compiled=False)
-    layouts = [parse_layout(name) for name in LAYOUTS]
+    layouts = [parse_layout(name) for name in names]
     return list(verify(config, layouts, launch, floor=1e-4)), asked.call_count
 
 
 @pytest.mark.slow
-def test_layouts_change_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "num_programs"), [("dense", 1), ("experts", 2)])
+def test_layouts_change_nothing(tmp_path: Path, kind: str, num_programs: int) -> None:
     write_gate_files(tmp_path)
-    config = settings(tmp_path)
-    for rows, asked in run_ranks(2, run_compiled, config, traced(config), with_mesh=False, timeout=300.0):
-        assert asked >= len(LAYOUTS)
-        assert len(rows) == len(LAYOUTS)
+    config, names = settings(tmp_path, kind), LAYOUTS[kind]
+    programs = traced(config)
+    assert len(programs) == num_programs
+    for rows, asked in run_ranks(2, run_compiled, config, programs, names, with_mesh=False, timeout=300.0):
+        assert asked >= num_programs * len(names)
+        assert len(rows) == len(names)
         assert not [row for row in rows if not row.passed]
