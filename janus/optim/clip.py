@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +10,19 @@ from torch import Tensor, nn
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """2-norm of all gradients together, a float64 scalar; of those of this rank, whatever others have."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    return torch.linalg.vector_norm(torch.stack([norm.double() for norm in torch._foreach_norm(gradients)]))
+    return sum_of_squares([parameter.grad for parameter in parameters if parameter.grad is not None]).sqrt()
+
+
+def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
+    """Of all elements of all tensors, a float64 scalar, in a few operations for however many tensors.
+
+    Squares of norms, which are in the formats of the tensors, are summed in float64.
+    """
+    by_type: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        by_type.setdefault(tensor.dtype, []).append(tensor)
+    norms = [torch.stack(torch._foreach_norm(same)).double() for same in by_type.values()]
+    return torch.cat(norms).square().sum()
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, *, norm: Tensor | None = None) -> Tensor:

@@ -13,7 +13,7 @@ from janus.checkpoint.shards import Shards
 from janus.comm.adjoint import all_reduced
 from janus.comm.collectives import broadcast_tensors, sum_gradients
 from janus.mesh import Mesh
-from janus.optim import gradient_norm
+from janus.optim import gradient_norm, sum_of_squares
 from janus.sharding.experts import ExpertUnit
 from janus.sharding.logical import pieces_of, split_of, whole_of, whole_shape
 from janus.sharding.passes import Passes
@@ -181,15 +181,18 @@ class Weights:
         if shard.size == tensor.size == expert.size == 1:
             return gradient_norm(self.pieces.values())
         axis_of = {name: unit.axis for unit in self._units for name in unit.pieces}
-        squares = torch.zeros(
-            3, dtype=torch.float64, device=self.mesh.device
-        )  # of all ranks', shards', experts' weights
+        # Of all ranks', shards', experts' weights: those that tensor ranks split, and those that all of them have.
+        gradients: list[tuple[list[Tensor], list[Tensor]]] = [([], []), ([], []), ([], [])]
         for name, piece in self.pieces.items():
             assert piece.grad is not None
-            # What all ranks have counts a part for each, so that all get the same bits.
-            share = 1.0 if self._splits[name] is not None else 1.0 / tensor.size
             kind = 2 if self._is_at_home(name) or axis_of.get(name) is expert else int(name in axis_of)
-            squares[kind] += share * torch.linalg.vector_norm(piece.grad).double().square()
+            gradients[kind][self._splits[name] is None].append(piece.grad)
+        squares = torch.zeros(3, dtype=torch.float64, device=self.mesh.device)
+        for kind, (split, common) in enumerate(gradients):
+            # What all ranks have counts a part for each, so that all get the same bits.
+            for tensors, copies in ((split, 1), (common, tensor.size)):
+                if tensors:
+                    squares[kind] += sum_of_squares(tensors) / copies
         squares = all_reduced(squares, tensor)
         return (all_reduced(squares[0] / shard.size + squares[1], shard) + all_reduced(squares[2], expert)).sqrt()
 
