@@ -129,7 +129,11 @@ def memory_room(
     policies = ("none", "selective", "all", "full")[: 4 if model.can_recompute_blocks else 3]
     for_batches = USED * of_rank - needed
     if for_batches <= 0.0:
-        taken = f", {LIBRARIES / 1e9:g} GB of libraries taken off," if mesh.device.type == "cpu" else ""
+        taken = (
+            f" of {memory_gb:g} GB, {LIBRARIES / 1e9:g} GB of libraries taken off,"
+            if memory_gb is not None and mesh.device.type == "cpu"
+            else ""
+        )
         raise ValueError(
             f"data.budget is auto: the memory of each rank{taken} leaves {max(0.0, of_rank) / 1e9:.3g} GB for tensors, "
             f"and nothing of it for micro-batches beside {needed / 1e9:.3g} GB of weights, gradients and optimizer "
@@ -142,14 +146,25 @@ def memory_room(
     room = [together * (for_batches - needs.unit.constant) - needs.largest for needs in found]
     chosen = next((needs for needs, left in zip(found, room, strict=True) if left >= 0.0), found[int(np.argmax(room))])
     model.set_recompute(chosen.policy)
-    unit, largest = chosen.unit, chosen.largest
-    available = for_batches - unit.constant
-    ranks = max(2, math.ceil(largest / (_SHARED * available)))
-    keep_less = "" if chosen.policy == "full" else "keep less (training.recompute full), or "
-    advice = (
-        f"let ranks share structures: parallel.context_parallel_size {ranks} is enough for the largest of the training "
-        f"data; or {keep_less}leave these records out"
-    )
+    unit, available = chosen.unit, for_batches - chosen.unit.constant
+
+    def given_for(own: float) -> float:
+        """GB of a rank in which such a record fits."""
+        needs = (own / together + unit.constant + needed) / USED
+        return (needs * allocator_in_use().overhead + LIBRARIES if mesh.device.type == "cpu" else needs) / 1e9
+
+    def advice(sizes: np.ndarray) -> str:
+        bytes_of = sizes @ np.array(unit.per_unit)
+        own, num_atoms = float(bytes_of.max()), int(sizes[bytes_of.argmax(), 0])
+        memory = f"give each rank {math.ceil(100.0 * given_for(own)) / 100.0:g} GB (data.memory_gb)"
+        # A rank without atoms of its own would be none the less.
+        ranks = max(2, math.ceil(own / (_SHARED * available))) if available > 0.0 else num_atoms + 1
+        share = (
+            f"let {ranks} ranks share each structure (parallel.context_parallel_size), " if ranks <= num_atoms else ""
+        )
+        keep_less = "" if chosen.policy == "full" else "keep less (training.recompute full), "
+        return f"{memory}, {share}{keep_less}or leave these records out"
+
     return MemoryRoom(
         limit=MemoryLimit(available=together * available, per_unit=unit.per_unit, advice=advice),
         most=together * (_USED_LATER * of_rank - needed - unit.constant),

@@ -35,7 +35,14 @@ def run_table(config: TrainConfig, setup: Setup, mesh: Mesh) -> str:
     if missing:
         rows.append(("no labels", f"{', '.join(missing)}: the weight in the loss has nothing to act on"))
     compiled = "" if training.kernels == "torch" else f", {training.kernels} kernels"
-    compiled += ", compiled blocks" if training.compile != "none" else ""
+    compiled += {"none": "", "blocks": ", compiled blocks", "try": ", compiled blocks if that works"}[training.compile]
+    if training.compile != "none":
+        rows.append(
+            (
+                "compilation",
+                "in the first step: minutes for programs that are not on disk, which a signal to stop waits for",
+            )
+        )
     ignored = [name for name in ("charge", "spin") if not hyper.tasks and _differs(setup, name)]
     if ignored:
         rows.append(("not used", f"{' and '.join(ignored)} of the structures differ, and this model does not see them"))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -166,10 +168,6 @@ def build_setup(config: TrainConfig, mesh: Mesh) -> Setup:
     def evaluated(dataset: StructureDataset) -> EvaluationSource:
         return evaluation_source(dataset, model, mesh, _portions(config, limits, batch_size))
 
-    for dataset in (datasets.valid, datasets.test):
-        if dataset is not None:  # refuses structures that are too large, before the run begins
-            evaluated(dataset)
-
     cost = PackingCost(model.hyper, calibrated=data.cost_model == "calibrated")
 
     def batches(start_step: int) -> StepLoader[MicroBatch]:
@@ -188,7 +186,12 @@ def build_setup(config: TrainConfig, mesh: Mesh) -> Setup:
             pin_memory=mesh.device.type == "cuda",
         )
 
-    batches(0)  # likewise
+    # Refuse structures that are too large before the run begins, those of all parts of the data at once.
+    checks: dict[str, Callable[[], Any]] = {"training data": partial(batches, 0)}
+    for name, dataset in (("validation data", datasets.valid), ("test data", datasets.test)):
+        if dataset is not None:
+            checks[name] = partial(evaluated, dataset)
+    _call_each(checks)
 
     def facts() -> dict[str, Any] | None:
         found = {"cost": cost.facts(), "budget": limits.facts()}
@@ -225,6 +228,18 @@ def build_setup(config: TrainConfig, mesh: Mesh) -> Setup:
             totals=label_totals(valid),
         ),
     )
+
+
+def _call_each(checks: Mapping[str, Callable[[], Any]]) -> None:
+    """Calls all, and raises the ValueErrors of all of them as one."""
+    faults = []
+    for name, check in checks.items():
+        try:
+            check()
+        except ValueError as error:
+            faults.append(f"{name}: {error}")
+    if faults:
+        raise ValueError("\n".join(faults))
 
 
 def _portions(config: TrainConfig, limits: RunBudget, batch_size: int) -> Portions:

@@ -337,8 +337,9 @@ class TrainingConfig:
             kernels with torch's inductor: less memory and fewer operations, for some minutes at the first start (later
             ones find kernels on disk), once for all sizes of batches. They are compared with the plain block before
             use; a difference stops the run, or with `try` leaves it plain, with a warning. Of blocks with experts the
-            atom attention stays as it is, and so does all outside of blocks, for which `kernels` holds. With replicas,
-            sharded weights and experts over ranks; needs torch 2.8 and a C++ compiler (CPU) or Triton (CUDA).
+            atom attention stays as it is, and so does all outside of blocks, for which `kernels` and `recompute` hold.
+            With replicas, sharded weights and experts over ranks; needs torch 2.8 and a C++ compiler (CPU) or Triton
+            (CUDA).
         recompute: `selective` makes large results of element-wise operations (2 MiB and more) again in backward passes
             instead of keeping them, in the force pass and in the second backward pass alike: the same bits with less
             memory; `all` those of any size, `none` keeps them. `full` keeps of an interaction block only its inputs and

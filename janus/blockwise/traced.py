@@ -72,18 +72,9 @@ class TracedBlock:
     programs: tuple[Program, ...]
 
     def compiled(self) -> TracedBlock:
-        """With programs compiled by torch's inductor, each once for every number of rows from two up.
-
-        Raises:
-            ValueError: this torch is too old.
-        """
-        try:
-            from torch._inductor import standalone_compile
-        except ImportError:
-            raise ValueError(
-                f"blocks are to be compiled, which needs torch 2.8 or newer, and this is {torch.__version__}: install "
-                "a newer one, or train without (training.compile none)"
-            ) from None
+        """With programs compiled by torch's inductor, each once for every number of rows from two up."""
+        check_standalone_compile()
+        from torch._inductor import standalone_compile
 
         def build(program: Program) -> Program:
             module = program.run
@@ -165,6 +156,17 @@ class TracedPasses:
             left = self.second_of_force(x, w, kept, self.force(x, w, kept, g)[1], g, v)[1]
         found, _ = self.block.programs[3](x=x, w=w, c=self.constants, kept0=kept, kept2=left, h=h)
         return found[: len(x)], found[len(x) :]
+
+
+def check_standalone_compile() -> None:
+    """Raises ValueError where torch is too old for `TracedBlock.compiled`."""
+    try:
+        from torch._inductor import standalone_compile  # noqa: F401
+    except ImportError:
+        raise ValueError(
+            f"blocks are to be compiled, which needs torch 2.8 or newer, and this is {torch.__version__}: install "
+            "a newer one, or leave training.compile at none"
+        ) from None
 
 
 def trace_block(

@@ -21,12 +21,12 @@ class MemoryLimit:
     Attributes:
         available: for a micro-batch.
         per_unit: bytes of a unit of each column of `sizes`.
-        advice: what to do about a record that needs more on its own, for messages.
+        advice: from sizes (n, columns) of records of which each needs more on its own to what to do about them.
     """
 
     available: float
     per_unit: tuple[float, ...]
-    advice: str
+    advice: Callable[[np.ndarray], str]
 
     def of_records(self, sizes: np.ndarray) -> np.ndarray:
         """(n,) bytes of each record (n, columns)."""
@@ -112,7 +112,7 @@ def _refuse_for_memory(
     more = f"\n  and {len(too_large) - 10} more" if len(too_large) > 10 else ""
     raise ValueError(
         f"{len(too_large)} of {len(sizes)} records need more memory on their own than the {memory.available / 1e9:.3g} "
-        f"GB that there are for a micro-batch:\n{listed}{more}\n{memory.advice}"
+        f"GB that there are for a micro-batch:\n{listed}{more}\n{memory.advice(sizes[too_large])}"
     )
 
 

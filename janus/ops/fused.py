@@ -33,7 +33,7 @@ def use_kernels(kernels: Kernels, device: torch.device) -> None:
         ValueError: this device cannot run them, or a compiler is missing.
     """
     if kernels == "compiled":
-        _check_compiler(kernels, device)
+        check_compiler(f"{kernels} kernels", device)
         import torch._dynamo
 
         # Options, number formats and memory layouts make variants; torch by default allows a function only 8.
@@ -44,7 +44,7 @@ def use_kernels(kernels: Kernels, device: torch.device) -> None:
                 f"native kernels are C++ for CPUs, and the device is {device.type}: choose the kernels triton or "
                 "compiled"
             )
-        _check_compiler(kernels, device)
+        check_compiler(f"{kernels} kernels", device)
     if kernels == "triton":
         _check_triton(device)
     _Chosen.kernels = kernels
@@ -66,20 +66,38 @@ def kernels_in_use() -> Kernels:
     return _Chosen.kernels
 
 
-def _check_compiler(kernels: Kernels, device: torch.device) -> None:
+def check_compiler(what: str, device: torch.device, *, instead: str = "choose the kernels of torch") -> None:
+    """Compiles nothing for this device, to see whether that works.
+
+    Args:
+        what: is to be compiled, in the plural, and `instead` what to do without a compiler, for messages.
+
+    Raises:
+        ValueError: there is no compiler, or it fails.
+    """
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        raise ValueError("compiled kernels need the package triton on CUDA: install it, or choose the kernels of torch")
+        raise ValueError(f"{what} need the package triton on CUDA: install it, or {instead}")
     if device.type != "cpu":
         return
+    from torch._inductor.codecache import CppCodeCache
     from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
+    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
     try:
         get_cpp_compiler()
     except InvalidCxxCompiler as error:
         raise ValueError(
-            f"{kernels} kernels need a C++ compiler on CPU, and torch found none ({error}): install g++, name one "
-            "in the variable CXX, or choose the kernels of torch"
+            f"{what} need a C++ compiler on CPU, and torch found none ({error}): install g++, name one in the variable "
+            f"CXX, or {instead}"
+        ) from None
+    try:
+        CppCodeCache.load('extern "C" int nothing() { return 0; }')
+    except CppCompileError as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        told = next((line for line in lines if "error" in line and not line.startswith("C++")), lines[-1])
+        raise ValueError(
+            f"{what} need a C++ compiler on CPU, and {get_cpp_compiler()} failed ({told}): install a newer g++, name "
+            f"another in the variable CXX, or {instead}"
         ) from None
 
 

@@ -10,8 +10,14 @@ import torch
 from torch import Tensor
 
 from janus.blockwise.function import Passes, Tensors
-from janus.blockwise.traced import BlockFunction, TracedBlock, TracedPasses, trace_block
-from janus.ops.fused import using_kernels
+from janus.blockwise.traced import (
+    BlockFunction,
+    TracedBlock,
+    TracedPasses,
+    check_standalone_compile,
+    trace_block,
+)
+from janus.ops.fused import check_compiler, using_kernels
 from matris.blocks.edges import EdgeSet, Rows
 from matris.blocks.interaction import Connectivity, Part
 from matris.blocks.module import MatRISConfig
@@ -42,7 +48,7 @@ class CompiledBlocks:
         or_plain: leave all to autograd, with a warning, where programs cannot be made or are wrong.
 
     Raises:
-        ValueError: ranks share a structure, or products of matrices.
+        ValueError: ranks share a structure, or products of matrices; there is no compiler.
     """
 
     def __init__(self, config: MatRISConfig, *, compiled: bool = True, or_plain: bool = False) -> None:
@@ -54,14 +60,23 @@ class CompiledBlocks:
                 f"blocks that {ranks} share cannot be compiled as a whole, because they communicate inside: leave "
                 "training.compile at none, or use replicas and sharded weights alone"
             )
-        self._compiled, self._or_plain = compiled, or_plain
+        self._compiled, self._or_plain, self._can_compile = compiled, or_plain, True
         self._width, self._product_format = config.model.hidden_size, config.matmul_dtype
         self._programs: dict[str, TracedBlock | None] = {}
+        if compiled:
+            try:
+                check_standalone_compile()
+                check_compiler("compiled blocks", mesh.device, instead="leave training.compile at none")
+            except ValueError as error:
+                if not or_plain:
+                    raise
+                self._can_compile = False
+                warnings.warn(f"training goes on without compiled blocks: {error}", RuntimeWarning, stacklevel=3)
 
     def __call__(self, part: Part, graph: Connectivity) -> Passes | None:
         """The passes of this part on a batch; None leaves it to autograd."""
         constants = _constants(graph)
-        if min(len(graph.pair_basis), *map(len, constants)) < 2:
+        if not self._can_compile or min(len(graph.pair_basis), *map(len, constants)) < 2:
             return None
 
         def function(x: Tensors, w: Tensors, c: Tensors) -> Tensors:

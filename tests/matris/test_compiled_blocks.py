@@ -73,6 +73,21 @@ def test_refusals() -> None:
 
 
 @pytest.mark.filterwarnings("default::RuntimeWarning")
+def test_a_missing_compiler_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import cpp_builder, exc
+
+    model = MatRIS(CONFIG, precision=Precision.fp64, seed=0)
+    batch = batch_of(rattled(bulk("Si", cubic=True)), config=CONFIG)
+    expected = model(batch).forces
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", Mock(side_effect=exc.InvalidCxxCompiler))
+    with pytest.raises(ValueError, match=r"compiled blocks need a C\+\+ compiler.*leave training.compile at none"):
+        model.compile_blocks(or_plain=False)
+    with pytest.warns(RuntimeWarning, match="goes on without compiled blocks: compiled blocks need a C"):
+        model.compile_blocks(or_plain=True)
+    assert torch.equal(model(batch).forces, expected)
+
+
+@pytest.mark.filterwarnings("default::RuntimeWarning")
 def test_plain_blocks_where_programs_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object, **__: object) -> None:
         raise RuntimeError("no kernels today")

@@ -1,4 +1,5 @@
-"""The step on one of 1024 and of 16384 ranks: calls and bytes of every collective are closed formulas of the batch.
+"""The step on one of 1024 and of 16384 ranks: calls and bytes of every collective are closed formulas of the batch, and
+bytes of weights on a rank closed formulas of the layout.
 
 `tools/bench/fake_ranks.py` says how.
 """
@@ -12,6 +13,7 @@ from dataclasses import replace
 
 import pytest
 
+from janus.sharding.memory import COPIES
 from matris.config import ModelConfig, NormType
 from tests.parallel import ranks  # noqa: F401  # says what the server of all processes imports first
 from tools.bench.fake_ranks import step_of_rank
@@ -66,6 +68,9 @@ def check(
     assert dict(result.found.calls) == dict(result.expected.calls)
     assert dict(result.found.bytes) == dict(result.expected.bytes)
     assert dict(result.found.wire_bytes) == pytest.approx(dict(result.expected.wire_bytes), rel=1e-12)
+    assert abs(result.held - result.expected_held) <= COPIES * result.padding
+    assert abs(result.gathered - result.expected_gathered) <= 3 * layout.get("shard", 1) * result.padding
+    assert (result.gathered > 0) == ("shard" in layout)
 
 
 @pytest.mark.parametrize("rank", [0, 517])

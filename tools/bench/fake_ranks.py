@@ -1,4 +1,4 @@
-"""The training step of one rank of very many: what it hands to its collectives, beside what formulas say.
+"""The training step of one rank of very many: what it hands to its collectives and holds, beside what formulas say.
 
 torch's fake process group answers every collective at once and without data, so one process runs the code of any rank.
 The numbers that it computes mean nothing; what it hands to its collectives is what a real rank would.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 
 from janus.comm.traffic import Traffic
 from janus.mesh import Mesh, open_mesh
-from janus.sharding.memory import WeightSizes
+from janus.sharding.memory import WeightMemory, WeightSizes, weight_memory
 from janus.sharding.traffic import UnitSize, WeightAxes, weight_traffic
 from janus.training.learner import Learner
 from janus.training.step import accumulate_gradients
@@ -49,9 +50,7 @@ def by_formula(hyper: ModelConfig, mesh: Mesh, policy: str, batch: GraphBatch, *
 
 def _of_weights(hyper: ModelConfig, mesh: Mesh, policy: str, micro_batches: int) -> Traffic:
     """Of the weights and their gradients, from the shapes of the whole model."""
-    with torch.device("meta"):
-        whole = MatRIS(hyper)
-        whole.readout.magmom.requires_grad_(False)
+    whole = _whole(hyper)
     modules = whole.sharding_units() if mesh.shard.size > 1 else ()
     sizes = WeightSizes.of(whole, modules, tensor=mesh.tensor.size)
     return weight_traffic(
@@ -108,10 +107,23 @@ def micro_batch(frames: Sequence[Atoms], hyper: ModelConfig, *, num_parts: int, 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """Traffic found and expected, and seconds to open the mesh and to run the step."""
+    """Traffic and memory of weights, found and expected, and seconds to open the mesh and to run the step.
+
+    Attributes:
+        held, expected_held: bytes of weights, gradients, moments and average after the step.
+        gathered, expected_gathered: most bytes of whole weights beside that, with gradients of the same size and one
+            that is on its way.
+        padding: of one tensor like the weights: shards are equally long. Frozen weights count as padding, too, for
+            formulas take all that is sharded as trained.
+    """
 
     found: Traffic
     expected: Traffic
+    held: int
+    expected_held: int
+    gathered: int
+    expected_gathered: int
+    padding: int
     seconds: tuple[float, float]
 
 
@@ -138,7 +150,7 @@ def step_of_rank(
 
 
 def measured(mesh: Mesh, hyper: ModelConfig, policy: str, start: float) -> Measured:
-    """The step without its update, whose numbers would mean nothing."""
+    """A step."""
     opened = time.monotonic()
     task, learner = task_and_learner(hyper, mesh, policy)
     batch = micro_batch(examples(), hyper, num_parts=mesh.graph.size, part=mesh.graph.rank)
@@ -149,7 +161,45 @@ def measured(mesh: Mesh, hyper: ModelConfig, policy: str, start: float) -> Measu
     accumulate_gradients(task, [batch] * MICRO_BATCHES, totals, learner)
     learner.sum_gradients()
     learner.clip()
-    ledger = mesh.ledger
-    found = Traffic(calls=ledger.calls, bytes=ledger.bytes, wire_bytes=ledger.wire_bytes)
-    expected = by_formula(hyper, mesh, policy, batch.graph, micro_batches=MICRO_BATCHES)
-    return Measured(found=found, expected=expected, seconds=(opened - start, time.monotonic() - opened))
+    ledger, passes = mesh.ledger, learner.weights.passes
+    units = [] if passes is None else [unit.axis.size * unit.shard.nbytes for unit in passes.units]
+    frozen = sum(
+        weight.nbytes
+        for weight in _whole(hyper).parameters()
+        if weight.dtype == torch.float32 and not weight.requires_grad
+    )
+    found = Traffic(calls=Counter(ledger.calls), bytes=Counter(ledger.bytes), wire_bytes=Counter(ledger.wire_bytes))
+    learner.update()
+    memory = _memory_of_weights(hyper, mesh)
+    return Measured(
+        found=found,
+        expected=by_formula(hyper, mesh, policy, batch.graph, micro_batches=MICRO_BATCHES),
+        held=_held_bytes(learner),
+        expected_held=memory.held,
+        gathered=0 if passes is None else 2 * passes.peak_bytes + max(units),
+        expected_gathered=memory.gathered,
+        padding=FP32 * len(units) + frozen // mesh.shard.size if units else 0,
+        seconds=(opened - start, time.monotonic() - opened),
+    )
+
+
+def _held_bytes(learner: Learner) -> int:
+    """Of weights, gradients, average and moments on this rank, after an update."""
+    weights = {*learner.weights.leaves, *learner.model.parameters()}
+    held = [*weights, *(weight.grad for weight in weights), *learner.ema.average.values()]
+    for kind, tensors in learner.held().items():
+        held += tensors.values() if kind.startswith("optimizer/") else ()
+    return sum(value.nbytes for value in held if value is not None)
+
+
+def _memory_of_weights(hyper: ModelConfig, mesh: Mesh) -> WeightMemory:
+    whole = _whole(hyper)
+    return weight_memory(whole, whole.sharding_units(), shards=mesh.shard.size, tensor=mesh.tensor.size)
+
+
+def _whole(hyper: ModelConfig) -> MatRIS:
+    """Shapes alone."""
+    with torch.device("meta"):
+        model = MatRIS(hyper)
+        model.readout.magmom.requires_grad_(False)
+    return model

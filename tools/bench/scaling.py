@@ -44,7 +44,7 @@ def main(words: list[str] | None = None) -> int:
     """Prints tables, and writes JSON and a picture where asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=BenchHelp)
     verbs = parser.add_subparsers(dest="verb", required=True, help="each has a --help of its own")
-    ledger = verbs.add_parser("ledger", help="calls and bytes of one rank of very many")
+    ledger = verbs.add_parser("ledger", help="calls and bytes of one rank of very many, and bytes of its weights")
     ledger.add_argument("--ranks", type=at_least(1), nargs="+", default=list(LEDGER_RANKS), help="of a launch")
     for name in ("primitives", "predict"):
         two = verbs.add_parser(name, help="two pinned ranks on this machine")
@@ -87,6 +87,9 @@ def main(words: list[str] | None = None) -> int:
 # Ledgers --------------------------------------------------------------------------------------------------------------
 
 
+_OF_WEIGHTS = ("held", "expected_held", "gathered", "expected_gathered")
+
+
 def _ledger(options: argparse.Namespace) -> dict[str, Any]:
     from matris.config import ModelConfig
     from tools.bench.fake_ranks import step_of_rank
@@ -95,7 +98,10 @@ def _ledger(options: argparse.Namespace) -> dict[str, Any]:
         num_layers=2, hidden_size=64, pairwise_cutoff=4.0, three_body_cutoff=3.0, readout_hidden_sizes=(32,)
     )
     rows = []
-    print("| ranks | layout | collectives | calls | MB sent | by formula, MB | equal |\n|---|---|---|---|---|---|---|")
+    print(
+        "| ranks | layout | collectives | calls | MB sent | by formula, MB | equal "
+        "| kB held | by formula, kB | kB gathered | by formula, kB |\n|---|---|---|---|---|---|---|---|---|---|---|"
+    )
     # A process for each: a fake process group, once made, stays.
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
         for ranks in options.ranks:
@@ -108,10 +114,13 @@ def _ledger(options: argparse.Namespace) -> dict[str, Any]:
                 rows.append(
                     {"ranks": ranks, "layout": layout, "equal": same}
                     | {kind: vars(getattr(found, kind)) for kind in ("found", "expected")}
+                    | {f"{name}_bytes": getattr(found, name) for name in _OF_WEIGHTS}
                 )
+                weights = " | ".join(f"{getattr(found, name) / 1e3:.1f}" for name in _OF_WEIGHTS)
                 print(
                     f"| {ranks} | {name} | {len(found.found.calls)} | {sum(found.found.calls.values())} "
-                    f"| {sent / 1e6:.6f} | {formula / 1e6:.6f} | {'yes' if same else 'NO'} |",
+                    f"| {sent / 1e6:.6f} | {formula / 1e6:.6f} | {'yes' if same else 'NO'} "
+                    f"| {weights} |",
                     flush=True,
                 )
     return {"model": hyper.to_dict(), "rows": rows}

@@ -141,7 +141,7 @@ def test_wrong_budgets():
 
 def test_memory_limits_micro_batches():
     sizes = make_sizes(64)
-    memory = MemoryLimit(available=9e6, per_unit=(1000.0, 100.0, 200.0), advice="share them")
+    memory = MemoryLimit(available=9e6, per_unit=(1000.0, 100.0, 200.0), advice=lambda sizes: f"share {len(sizes)}")
     needed = sizes @ (1000.0, 100.0, 200.0)
     for limits in ((), (150, None, None)):
         budget = Budget(limits=limits, names=NAMES[: len(limits)], memory=memory)

@@ -82,3 +82,14 @@ def test_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", missing)
     with pytest.raises(ValueError, match="need a C\\+\\+ compiler"):
         use_kernels("compiled", CPU)
+
+
+def test_failing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import codecache, exc
+
+    def fails(*_: object) -> None:
+        raise exc.CppCompileError(["g++", "-std=c++20"], "error: no such option")
+
+    monkeypatch.setattr(codecache.CppCodeCache, "load", fails)
+    with pytest.raises(ValueError, match=r"native kernels need a C\+\+ compiler.* failed \(error: no such option\)"):
+        use_kernels("native", CPU)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import re
 import resource
 import shutil
 from concurrent.futures import ProcessPoolExecutor
@@ -116,7 +117,29 @@ def test_too_large_structures_are_named_before_the_first_step(folder: Path) -> N
     text = str(refused.value)
     assert setup.datasets.train.identifier(int(needed.argmax())) in text
     assert setup.datasets.train.identifier(int(needed.argmin())) not in text
-    assert "parallel.context_parallel_size 3 is enough" in text
+    assert text.startswith("training data: ")
+    assert "let 3 ranks share each structure (parallel.context_parallel_size)" in text
+    advised = float(re.search(r"give each rank ([\d.]+) GB", text).group(1))
+    build_setup(config(folder, advised), Mesh())
+    assert advised == pytest.approx(memory_for(float(needed.max()) + weights), abs=0.02)
+
+
+def test_what_is_too_large_is_named_in_all_parts_of_the_data(folder: Path) -> None:
+    of_run = config(folder, None)
+    data = replace(of_run.data, budget="given", memory_gb=None, max_atoms=1, valid=of_run.data.train)
+    with pytest.raises(ValueError, match="exceed the budget") as refused:
+        build_setup(replace(of_run, data=data), Mesh())
+    assert re.findall(r"^(\w+) data: \d+ of", str(refused.value), re.MULTILINE) == ["training", "validation"]
+
+
+def test_no_more_ranks_are_advised_than_there_are_atoms(folder: Path) -> None:
+    setup = build_setup(config(folder, 10.0), Mesh())
+    weights = 5 * sum(value.nbytes for value in setup.model.parameters())
+    smallest = float(setup.portions.budget.memory.of_records(setup.datasets.train.sizes).min())
+    with pytest.raises(ValueError, match="need more memory on their own") as refused:
+        build_setup(config(folder, memory_for(smallest / 1e4 + weights)), Mesh())
+    assert "ranks share" not in str(refused.value)
+    assert "give each rank" in str(refused.value)
 
 
 def test_refused_settings(folder: Path) -> None:
