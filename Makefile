@@ -1,6 +1,6 @@
 # make pretrain   train on the embedded demo set, two processes        make test    the tests
 # make lint       style                                                make types   static types
-# make bench-check   counts of a training step against the stored ones, exactly; times with a margin: a minute
+# make bench-check   counts of a training step against the stored ones, exactly; times with a margin: two minutes
 # make faults     trainings that are killed, damaged and starved, and must go on: 16 minutes on two cores
 #
 # Variables: PYTHON (the interpreter that makes .venv), TORCH_INDEX (index of torch builds: the default one brings

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -57,6 +58,7 @@ def test_other_counts_and_slower_steps_are_noticed(found: dict) -> None:
             f"{CASE}: {key} {other['cases'][CASE]['counts'][key]}  WAS {found['cases'][CASE]['counts'][key]}: "
             "--update if that is meant"
         ]
+    found["cases"][CASE]["control_median_over_least"] = 1.0  # whatever else ran here
     slower = copy.deepcopy(found)
     slower["cases"][CASE]["step_over_control"] *= 1.11
     assert check.compare(slower, found, margin=0.1)[0]
@@ -76,7 +78,38 @@ def test_what_cannot_be_compared_is_said(found: dict) -> None:
     assert check.compare(new, found, margin=0.1)[0]
 
 
-def test_missing_baseline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_times_of_a_busy_machine_are_not_compared(found: dict) -> None:
+    for key, value, told in (
+        ("control_median_over_least", 1.3, "something else runs here"),
+        ("control_s", 2.0 * found["cases"][CASE]["control_s"], "another processor, or a busy one"),
+    ):
+        busy = copy.deepcopy(found)
+        busy["cases"][CASE] |= {"step_over_control": 1e9, "control_median_over_least": 1.0, key: value}
+        worse, lines = check.compare(busy, found, margin=0.1)
+        assert not worse
+        assert told in lines[-2]
+
+
+def test_wrong_baselines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "measure", Mock(side_effect=AssertionError("nothing is measured before")))
+    path = tmp_path / "baseline.json"
+    with pytest.raises(ValueError, match="does not exist: make it with --update"):
+        check.main(["--baseline", str(path)])
+    for text, told in (("{", "is no JSON"), ("[]", "is no report"), ('{"cases": {}}', "is no report")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=told):
+            check.main(["--baseline", str(path)])
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--margin", "nan"], "a share from 0"),
+        (["--margin", "-1"], "a share from 0"),
+        (["--update", "--rounds", "0"], "without times"),
+    ],
+)
+def test_wrong_options(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        check.main(["--baseline", str(tmp_path / "none.json")])
-    assert "make it with --update" in capsys.readouterr().err
+        check.main(words)
+    assert told in capsys.readouterr().err

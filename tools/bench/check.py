@@ -5,9 +5,10 @@
 
 Small models, dense and with experts, some with native kernels or full recomputation, take steps of energies, forces,
 stress and the second backward pass, fp32, on one CPU thread. Counted are FLOPs of matrix products, operations of torch,
-and bytes: taken from the allocator in all, at most at once, and after the force pass. A time is that of a step over
-that of a matrix product of fixed size, which runs before and after it. Counts depend on torch's version, times on the
-processor: what cannot be compared with the baseline is said, and not compared.
+and bytes: taken from the allocator in all, at most at once, and after the force pass. A time is the least of some steps
+over the least of a control, a matrix product of fixed size and a copy, which run before and after each. Counts depend
+on torch's version, times on the processor and on what else runs: what cannot be compared with the baseline, for another
+version or processor or because the control is as slow or as uneven as where others run, is said and not compared.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import statistics
 import sys
 import time
@@ -74,6 +76,10 @@ _PEAK_MARGIN = 0.01
 """The profiler's clock does not tell the order of all events."""
 _CONTROL = 768
 """Rows of the square matrices of the control."""
+_COPIED = 4 * 1024**2
+"""Numbers that it copies: about as long as the product takes, for steps are bound by both."""
+_EVEN, _ALIKE = 1.15, 1.25
+"""What the control's median may be over its least time, and its least time over that of the baseline."""
 
 
 def main(words: list[str] | None = None) -> int:
@@ -81,13 +87,15 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--baseline", type=Path, default=BASELINE, help="JSON file to compare with")
     parser.add_argument("--update", action="store_true", help="write it anew")
     parser.add_argument(
-        "--margin", type=float, default=0.15, help="by how much a time ratio may grow, as a share of it"
+        "--margin", type=_share, default=0.15, help="by how much a time ratio may grow, as a share of it"
     )
     parser.add_argument("--rounds", type=at_least(0), default=7, help="timed steps of each case; 0 times nothing")
     options = parser.parse_args(words)
-    if not options.update and not options.baseline.is_file():
-        parser.error(f"--baseline {options.baseline} does not exist: make it with --update")
-    if options.update:
+    if options.update and not options.rounds:
+        parser.error("--rounds 0 with --update would write a baseline without times: leave --rounds out")
+    if not options.update:
+        baseline = _baseline(options.baseline)
+    else:
         try:
             writable_file(str(options.baseline))
         except argparse.ArgumentTypeError as error:
@@ -97,7 +105,7 @@ def main(words: list[str] | None = None) -> int:
         write_report(options.baseline, found)
         print(f"written: {options.baseline}")
         return 0
-    worse, lines = compare(found, json.loads(options.baseline.read_text()), options.margin)
+    worse, lines = compare(found, baseline, options.margin)
     print("\n".join(lines))
     return 1 if worse else 0
 
@@ -110,9 +118,7 @@ def measure(rounds: int) -> dict[str, Any]:
         step, forces = _step(case)
         with using_kernels(case.kernels, torch.device("cpu")):
             step()  # what is made once
-            cases[name] = {"counts": _counts(step, forces)} | (
-                {"step_over_control": _ratio(step, rounds)} if rounds else {}
-            )
+            cases[name] = {"counts": _counts(step, forces)} | (_times(step, rounds) if rounds else {})
     return {"machine": machine(), "versions": versions(), "cases": cases}
 
 
@@ -143,6 +149,9 @@ def compare(found: dict[str, Any], baseline: dict[str, Any], margin: float) -> t
             told = f"  WAS {then}: --update if that is meant" if is_other else ""
             lines.append(f"{name}: {key} {value}{told}")
         if same_processor and {"step_over_control"} <= case.keys() & before.keys():
+            if unrest := _unrest(case, before):
+                lines.append(f"{name}: times are not compared: {unrest}")
+                continue
             now, then = case["step_over_control"], before["step_over_control"]
             is_slower = now > then * (1.0 + margin)
             worse |= is_slower
@@ -221,14 +230,54 @@ def _profiled(function: Callable[[], Any]) -> tuple[list[int], int]:
     return [change for _, change in changes], sum(event.name().startswith("aten::") for event in events)
 
 
-def _ratio(step: Callable[[], None], rounds: int) -> float:
+def _times(step: Callable[[], None], rounds: int) -> dict[str, float]:
     left, right = torch.ones(_CONTROL, _CONTROL), torch.ones(_CONTROL, _CONTROL)
+    rows = torch.ones(_COPIED)
+
+    def control() -> None:
+        _ = left @ right, rows.clone()
+
+    control()
     steps, controls = [], []
     for _ in range(rounds):
-        controls.append(_seconds(lambda: left @ right))
+        controls.append(_seconds(control))
         steps.append(_seconds(step))
-        controls.append(_seconds(lambda: left @ right))
-    return statistics.median(steps) / statistics.median(controls)
+        controls.append(_seconds(control))
+    return {
+        "step_over_control": min(steps) / min(controls),
+        "control_s": min(controls),
+        "control_median_over_least": statistics.median(controls) / min(controls),
+    }
+
+
+def _unrest(case: dict[str, Any], before: dict[str, Any]) -> str | None:
+    """Why times of the two cannot be compared; None if they can."""
+    uneven, other = case["control_median_over_least"], case["control_s"] / before["control_s"]
+    if uneven > _EVEN:
+        return f"the control took {uneven:.2g} times its least time, so something else runs here"
+    if not 1.0 / _ALIKE < other < _ALIKE:
+        return f"the control takes {other:.2g} times what it took for the baseline: another processor, or a busy one"
+    return None
+
+
+def _share(word: str) -> float:
+    value = float(word)
+    if not 0.0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{word}: a share from 0 is needed, as 0.15")
+    return value
+
+
+def _baseline(path: Path) -> dict[str, Any]:
+    """Raises ValueError: it is none."""
+    if not path.is_file():
+        raise ValueError(f"--baseline {path} does not exist: make it with --update")
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"--baseline {path} is no JSON ({error}): make it with --update") from None
+    if not isinstance(found, dict) or not {"machine", "versions", "cases"} <= found.keys():
+        raise ValueError(f"--baseline {path} is no report of this program: make it with --update")
+    return found
 
 
 def _seconds(function: Callable[[], Any]) -> float:
