@@ -174,10 +174,8 @@ def _fields(values: Any, kind: type, where: str) -> dict[str, Any]:
         raise ValueError(f"{where}: {values!r} is no mapping: it must have the fields {', '.join(sorted(wanted))}")
     missing, unknown = sorted(wanted - values.keys()), sorted(map(str, values.keys() - wanted))
     if missing or unknown:
-        raise ValueError(
-            f"{where}: missing {', '.join(missing) or 'nothing'}, unknown {', '.join(unknown) or 'nothing'}: the "
-            f"fields are {', '.join(sorted(wanted))}"
-        )
+        faults = (f"{kind} {', '.join(names)}" for kind, names in (("missing", missing), ("unknown", unknown)) if names)
+        raise ValueError(f"{where}: {', '.join(faults)}: the fields are {', '.join(sorted(wanted))}")
     return dict(values)
 
 

@@ -168,6 +168,7 @@ class Planner:
                 f"weights and optimizer, {(memory.gathered + memory.experts) / 1e9:.4g} gathered or waiting, "
                 f"{memory.activations / 1e9:.4g} of {wanted} structures with recompute {policy}), and "
                 f"{memory.available / 1e9:.4g} GB may be used: share weights (fsdp, ep), or structures (gp)",
+                needed=memory.total,
             )
         if self.job.micro_batch is not None:
             return wanted, policy, memory

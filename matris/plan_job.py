@@ -39,11 +39,12 @@ class NoPlanError(ValueError):
 
     Attributes:
         kind: why, in few words, for counting.
+        needed: bytes on each rank, of one that does not fit the memory.
     """
 
-    def __init__(self, kind: str, message: str) -> None:
+    def __init__(self, kind: str, message: str, *, needed: float = math.inf) -> None:
         super().__init__(message)
-        self.kind = kind
+        self.kind, self.needed = kind, needed
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ def search(job: Job, *, keep: int) -> Found:
     """
     planner, dropped = Planner(job), Counter[str]()
     found: list[tuple[float, str, Prediction]] = []
-    message, possible = "", 0
+    closest, possible = NoPlanError("", ""), 0
     for layout in candidates(job):
         try:
             if len(found) == keep and planner.least_seconds(layout) >= found[-1][0]:
@@ -47,14 +48,15 @@ def search(job: Job, *, keep: int) -> Found:
             prediction = planner.predict(layout)
         except NoPlanError as error:
             dropped[error.kind] += 1
-            message = str(error)
+            if error.needed < closest.needed or math.isinf(closest.needed):
+                closest = error
             continue
         possible += 1
         found.append((prediction.pessimistic.step + prediction.optimistic.step, layout.name, prediction))
         found = sorted(found, key=lambda entry: entry[:2])[:keep]
     if not found:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in dropped.most_common())
-        raise NoPlanError("nothing", f"none of {dropped.total()} layouts is possible ({reasons}); the last: {message}")
+        raise NoPlanError("nothing", f"none of {dropped.total()} layouts is possible ({reasons}): {closest}")
     return Found(best=tuple(entry[2] for entry in found), possible=possible, dropped=dict(dropped.most_common()))
 
 

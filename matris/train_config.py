@@ -329,17 +329,17 @@ class TrainingConfig:
             and loss stay in at least fp32; `fp64`.
         kernels: for chains of element-wise operations, norms and sums over edges. `torch` runs operation by operation;
             `compiled` fuses the chains with torch.compile, which takes up to a minute at the start of a run and saves
-            about a tenth of a step, and needs a C++ compiler (CPU) or Triton (CUDA); `native` takes kernels of our own
+            about a fifth of a step, and needs a C++ compiler (CPU) or Triton (CUDA); `native` takes kernels of our own
             in C++, for CPUs only and the fastest there, compiled in seconds at the first start (needs a C++ compiler);
             `triton` takes kernels of our own for GPUs only, which were tested through Triton's interpreter, not on a
             GPU. Each kernel is compared with torch at its first call; a difference stops the run.
         compile: `blocks` compiles all passes of an interaction block, from forward to second backward, into a few
-            kernels with torch's inductor: less memory and fewer operations, for some minutes at the first start (later
-            ones find kernels on disk), once for all sizes of batches. They are compared with the plain block before
-            use; a difference stops the run, or with `try` leaves it plain, with a warning. Of blocks with experts the
-            atom attention stays as it is, and so does all outside of blocks, for which `kernels` and `recompute` hold.
-            With replicas, sharded weights and experts over ranks; needs torch 2.8 and a C++ compiler (CPU) or Triton
-            (CUDA).
+            kernels with torch's inductor, once for all sizes of batches: fewer operations, for some minutes at the
+            first start (later ones find kernels on disk, and trace for one); on a CPU `native` kernels are faster.
+            Programs are compared with the plain block before use; a difference stops the run, or with `try` leaves it
+            plain, with a warning. Of blocks with experts the atom attention stays as it is, and so does all outside of
+            blocks, for which `kernels` and `recompute` hold. With replicas, sharded weights and experts over ranks;
+            needs torch 2.8 and a C++ compiler (CPU) or Triton (CUDA).
         recompute: `selective` makes large results of element-wise operations (2 MiB and more) again in backward passes
             instead of keeping them, in the force pass and in the second backward pass alike: the same bits with less
             memory; `all` those of any size, `none` keeps them. `full` keeps of an interaction block only its inputs and

@@ -83,15 +83,17 @@ class Row:
 def verify(config: TrainConfig, layouts: Sequence[Layout], launch: Launch, *, floor: float = FLOOR) -> Iterator[Row]:
     """Compares each layout with one process; the ranks must have been joined, and all of them call it.
 
-    Rank 0 computes alone first, with the kernels of torch, while the others wait; the layouts run with those of the
-    settings.
+    Rank 0 computes alone first, with the kernels of torch and nothing compiled, while the others wait; the layouts run
+    as the settings say.
 
     Args:
         floor: see `largest_error`.
     """
     device = config.training.device
     tolerance = TOLERANCES[config.training.precision]
-    alone = replace(config, parallel=Layout().applied(config.parallel))
+    alone = replace(
+        config, parallel=Layout().applied(config.parallel), training=replace(config.training, compile="none")
+    )
     reference: Measurement | None = None
     for layout in layouts:
         with open_mesh(

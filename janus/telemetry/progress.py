@@ -23,8 +23,9 @@ class Progress:
         self._num_steps = num_steps
         self._line_interval = line_interval
         self._active = active
-        # Rates over the last steps, not since the start: evaluation and the first steps are slow.
+        # Rates over the last steps, not since the start.
         self._marks: deque[tuple[float, int, int, int]] = deque([(time.monotonic(), start_step, 0, 0)], maxlen=50)
+        self._is_first = True
         shows_bar = active and sys.stderr.isatty()
         self._bar = tqdm(total=num_steps, initial=start_step, unit="step", dynamic_ncols=True) if shows_bar else None
 
@@ -36,6 +37,9 @@ class Progress:
         begin, first_step, first_records, first_edges = self._marks[0]
         elapsed = max(now - begin, 1e-9)
         rates = (records_before + records - first_records) / elapsed, (edges_before + edges - first_edges) / elapsed
+        if self._is_first:  # it makes kernels and fills caches, and says nothing of the steps to come
+            self._is_first = False
+            self.pause()
         if not self._active:
             return rates
         text = f"{text}  {rates[0]:.3g} structures/s  {rates[1]:.3g} edges/s"
@@ -48,7 +52,8 @@ class Progress:
         return rates
 
     def pause(self) -> None:
-        """Call after work that is no step (evaluation, saving), so that it does not count as a slow step."""
+        """Call after work that is no step (evaluation, saving), so that it does not count as a slow step: rates begin
+        anew."""
         _, step, records, edges = self._marks[-1]
         self._marks.clear()
         self._marks.append((time.monotonic(), step, records, edges))

@@ -183,6 +183,7 @@ class Trainer:
         columns = ("lr", "grad_norm", *SPEEDS, "seconds", *self.task.columns)
         self._start = time.monotonic()
         self._waited = self._worked = 0.0
+        self._first: StepReport | None = None
         self._limits = ""
         self._progress = Progress(
             self.config.num_steps,
@@ -234,6 +235,10 @@ class Trainer:
         step = self.learner.step
         self._worked += time.perf_counter() - self._begin
         is_record = step % self.config.log_interval == 0 or last
+        if self._first is None:
+            self._first = report
+            if not is_record:  # it makes kernels and fills caches: no part of the speed, if others are
+                self._waited = self._worked = 0.0
         speeds = self._speeds(pending) if is_record else {}
         values = self.task.report(report.sums, 1)
         text = self.task.summary(values) + self._limits
@@ -247,6 +252,7 @@ class Trainer:
 
     def _speeds(self, pending: list[StepReport]) -> dict[str, float]:
         """Of the pending steps, whatever came between them left out; all ranks call it."""
+        pending = [report for report in pending if report is not self._first] or pending
         computing = sum(report.computing.seconds() for report in pending)
         waited, seconds = self._waited, self._waited + self._worked
         self._waited = self._worked = 0.0

@@ -75,6 +75,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="of the layouts, as `training.kernels`; the one process has those of torch (with dp1 the kernels alone)",
     )
     parser.add_argument(
+        "--compile",
+        choices=["none", "blocks"],
+        default="none",
+        help="of the layouts, as `training.compile`; takes minutes. The one process compiles nothing",
+    )
+    parser.add_argument(
         "--device",
         choices=["auto", "cpu", "cuda"],
         default="auto",
@@ -160,7 +166,11 @@ def _config(options: argparse.Namespace, device: Literal["auto", "cpu", "cuda"],
             reference_energies="fit",
         ),
         training=TrainingConfig(
-            train_iters=NUM_STEPS, precision=options.precision, device=device, kernels=options.kernels
+            train_iters=NUM_STEPS,
+            precision=options.precision,
+            device=device,
+            kernels=options.kernels,
+            compile=options.compile,
         ),
         # Clips, and moves the weights far enough to see errors; a gradient that cancels to rounding moves nothing.
         optim=OptimConfig(lr=1e-2, lr_decay_style="constant", clip_grad=0.5, ema_decay=0.9, adam_eps=1e-4),

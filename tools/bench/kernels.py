@@ -29,7 +29,7 @@ from janus.ops.rowwise import map_rows  # noqa: E402
 from janus.training.memory import keep_freed_memory  # noqa: E402
 from tools.bench.report import BenchHelp, add_output, at_least, run, write_report  # noqa: E402
 
-LAYER = {"eps": 1e-5, "center": True}
+LAYER, RMS = ({"eps": 1e-5, "center": center} for center in (True, False))
 Call = Callable[[], Any]
 _FREQUENCIES = 7
 
@@ -108,11 +108,11 @@ def _functions(options: argparse.Namespace, device: torch.device) -> dict[str, t
     def by_rows(function: Callable, tensors: list[Tensor], num_summed: int = 0, **settings: Any) -> Call:
         return lambda: map_rows(lambda *parts: function(*parts, **settings), tuple(tensors), num_summed)
 
-    affine = rand(2, width), rand(2, width)
+    def normed(function: Callable, others: int, num_summed: int, norm: dict[str, Any] = LAYER, **settings: Any) -> Call:
+        affine = rand(2, width), rand(2, width) if norm is LAYER else None
 
-    def normed(function: Callable, others: int, num_summed: int, **settings: Any) -> Call:
         def call(core: Tensor, gate: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
-            return function(core, gate, *affine, *parts, **LAYER, **settings)
+            return function(core, gate, *affine, *parts, **norm, **settings)
 
         halves = rand(rows, 2 * width).split(width, dim=1)
         return by_rows(call, [*halves, *(rand(rows, width) for _ in range(others))], num_summed)
@@ -139,9 +139,14 @@ def _functions(options: argparse.Namespace, device: torch.device) -> dict[str, t
         "gated layer norm, value": (normed(gated_norm._value, 0, 0), 3),
         "gated layer norm, first derivative": (normed(gated_norm._first_derivative, 1, 0, affine=False), 5),
         "gated layer norm, second derivative": (normed(gated_norm._second_derivative, 3, 2), 8),
+        "gated RMS norm, value": (normed(gated_norm._value, 0, 0, RMS), 3),
+        "gated RMS norm, first derivative": (normed(gated_norm._first_derivative, 1, 0, RMS, affine=False), 5),
+        "gated RMS norm, second derivative": (normed(gated_norm._second_derivative, 3, 2, RMS), 8),
         "attention sums, value": (sums(attention._sums, 0, 10.0), 3),
         "attention sums, first derivative": (sums(attention._sums_first_derivative, 1, 10.0), 6),
         "attention sums, second derivative": (sums(attention._sums_second_derivative, 2, 10.0), 9),
+        "attention sums without cap and envelope, value": (sums(attention._sums, 0, None), 3),
+        "attention sums without cap and envelope, first": (sums(attention._sums_first_derivative, 1, None), 6),
         "attention sums without cap and envelope, second": (sums(attention._sums_second_derivative, 2, None), 9),
         "SiLU of halves, value": (lambda: silu._value(halves[0], parts=2), 4),
         "SiLU of halves, first derivative": (lambda: silu._first_derivative(*halves[:3]), 6),
@@ -152,11 +157,19 @@ def _functions(options: argparse.Namespace, device: torch.device) -> dict[str, t
             lambda: expansion._bessel_value(positive, waves, **radial),
             (1 + _FREQUENCIES) / width,
         ),
+        "Bessel expansion, first derivative": (
+            lambda: expansion._bessel_first_derivative(positive, waves, of_wave, **radial, **fixed),
+            (2 + _FREQUENCIES) / width,
+        ),
         "Bessel expansion, second derivative": (
             lambda: expansion._bessel_second_derivative(positive, waves, of_wave, along, **radial, **fixed),
             (3 + 2 * _FREQUENCIES) / width,
         ),
         "Fourier series, value": (lambda: expansion._fourier_value(cosines, waves), (1 + series) / width),
+        "Fourier series, first derivative": (
+            lambda: expansion._fourier_first_derivative(cosines, waves, of_series, **fixed),
+            (2 + series) / width,
+        ),
         "Fourier series, second derivative": (
             lambda: expansion._fourier_second_derivative(cosines, waves, of_series, along, **fixed),
             (3 + 2 * series) / width,
@@ -177,7 +190,7 @@ def _table(report: dict[str, Any]) -> str:
         shown = " | ".join(f"{1e3 * seconds[kind]:.2f}" for kind in kernels)
         ratio = seconds[kernels[0]] / seconds[kernels[-1]]
         bandwidth = facts["bytes"] / seconds[kernels[-1]] / 1e9
-        lines.append(f"| {name} | {facts['bytes'] / 1e6:.0f} | {shown} | {ratio:.1f} x | {bandwidth:.0f} |")
+        lines.append(f"| {name} | {facts['bytes'] / 1e6:.3g} | {shown} | {ratio:.1f} x | {bandwidth:.2g} |")
     return "\n".join(lines)
 
 

@@ -70,6 +70,9 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument(
         "--num_workers", type=at_least(0), nargs="+", default=[0, 1], help="of that run, one run for each"
     )
+    parser.add_argument(
+        "--memory_gb", type=float, default=4.0, help="that this run may use: what limits its micro-batches"
+    )
     parser.add_argument("--cache_dir", help="of what is prepared (default: ~/.cache/janus-matris)")
     add_output(parser, required=True)
     options = parser.parse_args(words)
@@ -81,14 +84,17 @@ def main(words: list[str] | None = None) -> int:
         cache_dir=options.cache_dir,
     )
     with tempfile.TemporaryDirectory() as folder:
-        found = {
-            "data": {"structures": len(dataset), "mean_sizes": dataset.sizes.mean(axis=0).tolist()},
-            "reading": _reading(dataset, options, Path(folder)),
-            "packing": _packing(dataset, formula_cost(hyper).of_records(dataset.sizes)),
-            "waiting": {str(count): _waiting(options, count, Path(folder)) for count in options.num_workers},
-            "memory": [_memory(dataset, copies, Path(folder)) for copies in options.copies],
+        parts: dict[str, Callable[[], Any]] = {
+            "data": lambda: {"structures": len(dataset), "mean_sizes": dataset.sizes.mean(axis=0).tolist()},
+            "reading": lambda: _reading(dataset, options, Path(folder)),
+            "packing": lambda: _packing(dataset, formula_cost(hyper).of_records(dataset.sizes)),
+            "waiting": lambda: {str(count): _waiting(options, count, Path(folder)) for count in options.num_workers},
+            "memory": lambda: [_memory(dataset, copies, Path(folder)) for copies in options.copies],
         }
-    print(json.dumps(found, indent=1))
+        found = {}
+        for name, part in parts.items():
+            found[name] = part()
+            print(json.dumps({name: found[name]}, indent=1), flush=True)
     write_report(options.output, found)
     return 0
 
@@ -238,11 +244,15 @@ def _waiting(options: argparse.Namespace, num_workers: int, folder: Path) -> dic
         global_batch_size=options.batch_size,
         num_workers=num_workers,
         cache_dir=options.cache_dir,
+        budget="auto",
+        memory_gb=options.memory_gb,
     )
     interval = max(1, options.steps // 2)
     training = TrainingConfig(output=str(output), train_iters=options.steps, log_interval=interval)
     with contextlib.redirect_stdout(io.StringIO()):
-        run_training(TrainConfig(data=data, training=training, model=PRESETS[options.preset]))
+        status = run_training(TrainConfig(data=data, training=training, model=PRESETS[options.preset]))
+    if status != 0:  # SIGTERM, which training takes as a wish to stop after a step
+        raise SystemExit(status)
     waited = [row["data_wait"] for row in read_csv(output / "log.csv") if "data_wait" in row]
     return {"first_half": waited[0], "second_half": waited[-1]}
 

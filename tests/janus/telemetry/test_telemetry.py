@@ -6,6 +6,7 @@ import errno
 import os
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -76,6 +77,20 @@ def test_plain_lines_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> N
     assert "structures/s" in lines[0]
     assert "ETA 00:00" in lines[1]
     assert rates[1] == pytest.approx(12.5 * rates[0])
+
+
+def test_the_first_step_is_no_part_of_later_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes 100 s, the others one each."""
+    clock = Mock()
+    monkeypatch.setattr("janus.telemetry.progress.time", clock)
+    now = clock.monotonic
+    now.return_value = 0.0
+    progress = Progress(4, active=False)
+    found = []
+    for second in (100.0, 101.0, 102.0):
+        now.return_value = second
+        found.append(progress.step(len(found) + 1, 8, 80, "")[0])
+    assert found == [0.08, 8.0, 8.0]
 
 
 def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
