@@ -66,12 +66,14 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--copies", type=at_least(1), nargs="+", default=[1, 4, 16], help="of the data, for the memory")
     parser.add_argument("--preset", choices=tuple(PRESETS), default="s", help="of the run that waits for its data")
     parser.add_argument("--steps", type=at_least(1), default=12, help="updates of that run")
-    parser.add_argument("--batch_size", type=at_least(1), default=8, help="structures per update of that run")
     parser.add_argument(
-        "--num_workers", type=at_least(0), nargs="+", default=[0, 1], help="of that run, one run for each"
+        "--batch_size",
+        type=at_least(1),
+        default=8,
+        help="structures per update of that run, in one micro-batch: 8 crystals can take 16 GB and more with preset s",
     )
     parser.add_argument(
-        "--memory_gb", type=float, default=4.0, help="that this run may use: what limits its micro-batches"
+        "--num_workers", type=at_least(0), nargs="+", default=[0, 1], help="of that run, one run for each"
     )
     parser.add_argument("--cache_dir", help="of what is prepared (default: ~/.cache/janus-matris)")
     add_output(parser, required=True)
@@ -244,8 +246,6 @@ def _waiting(options: argparse.Namespace, num_workers: int, folder: Path) -> dic
         global_batch_size=options.batch_size,
         num_workers=num_workers,
         cache_dir=options.cache_dir,
-        budget="auto",
-        memory_gb=options.memory_gb,
     )
     interval = max(1, options.steps // 2)
     training = TrainingConfig(output=str(output), train_iters=options.steps, log_interval=interval)
