@@ -306,7 +306,7 @@ def test_ranks_say_a_mistake_once(folder: Path) -> None:
     process = in_process(options(folder, folder / "twice", "--data.max_atoms", "3"), ranks=2)
     shown = process.communicate(timeout=90)[0]
     assert process.returncode != 0
-    assert shown.count("exceed the budget") == 1
+    assert shown.count("training data: 17 of 24 records exceed the budget") == 1
 
 
 def test_base_that_is_corrupt_is_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
