@@ -33,7 +33,7 @@ from janus.data.packing import plan_micro_batches
 from janus.data.sampler import Sampler
 from janus.mesh import Mesh, open_mesh
 from janus.ops.fused import use_kernels
-from janus.sharding.logical import EXPERT_ATTRIBUTE, split_of, whole_of
+from janus.sharding.logical import EXPERT_ATTRIBUTE, split_of, wholes_of
 from matris.blocks.module import MatRISConfig
 from matris.calibration import formula_cost
 from matris.data.dataset import MicroBatch, StructureDataset, graph_budget, label_totals
@@ -341,7 +341,7 @@ class Job:
             return
         task = self.subject.task
         splits = {name: split_of(parameter) for name, parameter in task.model.named_parameters()}
-        state = {name: whole_of(value, splits.get(name), self._mesh) for name, value in task.model.state_dict().items()}
+        state = wholes_of(task.model.state_dict(), splits, self._mesh)
         provenance = {"janus_matris": janus.__version__, "torch": torch.__version__, "step": 0}
         on_main_rank(lambda: task.export(directory, state, provenance), self._mesh)
 

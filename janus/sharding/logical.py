@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from janus.checkpoint.shards import Piece, blocks
-from janus.comm.adjoint import gather
-from janus.mesh import Mesh
+from janus.comm.collectives import start_all_gather
+from janus.mesh import Axis, Mesh
 
 EXPERT_ATTRIBUTE = "expert_model_parallel"
 """Of a parameter: true if its first dimension is split over the expert axis."""
+_TOGETHER = 64 * 1024**2
+"""Bytes of parts that are gathered together: most tensors are small, and a device may not have room for all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,19 +45,52 @@ def split_of(parameter: Tensor) -> Split | None:
     )
 
 
-def whole_of(part: Tensor, split: Split | None, mesh: Mesh) -> Tensor:
-    """The logical tensor, on all ranks of the axes; gathers its bytes. Not recorded."""
-    if split is None:
-        return part
-    with torch.no_grad():
-        if mesh.tensor.size > 1:
-            runs = part.chunk(split.stride, dim=split.dim)
-            part = torch.cat([gather(run, mesh.tensor, dim=split.dim) for run in runs], dim=split.dim)
-        return gather(part, mesh.expert, dim=0) if split.expert else part
+def wholes_of(parts: Mapping[str, Tensor], splits: Mapping[str, Split | None], mesh: Mesh) -> dict[str, Tensor]:
+    """The logical tensors, on all ranks of the axes, which all call it: those that are split as copies in the host's
+    memory, the others themselves. Gathers their bytes; not recorded."""
+    found, size = dict(parts), 0
+    together: list[str] = []
+    for name, part in parts.items():
+        split = splits.get(name)
+        if split is None or (mesh.tensor.size == 1 and not split.expert):
+            continue
+        if together and (part.dtype != parts[together[0]].dtype or size + part.nbytes > _TOGETHER):
+            found |= _gathered(together, parts, splits, mesh)
+            together, size = [], 0
+        together.append(name)
+        size += part.nbytes
+    return found | _gathered(together, parts, splits, mesh)
+
+
+def _gathered(
+    names: Sequence[str], parts: Mapping[str, Tensor], splits: Mapping[str, Split | None], mesh: Mesh
+) -> dict[str, Tensor]:
+    """Of split tensors of one number format, in a collective for each axis."""
+    found = {}
+    by_tensor_rank = _of_all_ranks([parts[name].to(mesh.device) for name in names], mesh.tensor)
+    for name, pieces in zip(names, by_tensor_rank, strict=True):
+        split = splits[name]
+        assert split is not None
+        runs = zip(*(piece.chunk(split.stride, dim=split.dim) for piece in pieces), strict=True)
+        found[name] = torch.cat([part for run in runs for part in run], dim=split.dim)
+    of_experts = [name for name in names if (split := splits[name]) is not None and split.expert]
+    by_expert_rank = _of_all_ranks([found[name] for name in of_experts], mesh.expert)
+    found |= {name: torch.cat(pieces) for name, pieces in zip(of_experts, by_expert_rank, strict=True)}
+    return {name: whole.cpu() for name, whole in found.items()}
+
+
+def _of_all_ranks(tensors: Sequence[Tensor], axis: Axis) -> list[list[Tensor]]:
+    """What each rank of the axis has in place of each tensor."""
+    if axis.size == 1 or not tensors:
+        return [[tensor.detach()] for tensor in tensors]
+    flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+    ranks = start_all_gather(flat, axis).wait().view(axis.size, -1)
+    columns = ranks.split([tensor.numel() for tensor in tensors], dim=1)
+    return [[row.view(tensor.shape) for row in column] for tensor, column in zip(tensors, columns, strict=True)]
 
 
 def part_of(whole: Tensor, split: Split | None, mesh: Mesh) -> Tensor:
-    """This rank's part of a logical tensor. Inverse of `whole_of`; sends nothing."""
+    """This rank's part of a logical tensor. Inverse of `wholes_of`; sends nothing."""
     if split is None:
         return whole
     if split.expert:

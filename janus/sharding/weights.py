@@ -15,7 +15,7 @@ from janus.comm.collectives import broadcast_tensors, sum_gradients
 from janus.mesh import Mesh
 from janus.optim import gradient_norm, sum_of_squares
 from janus.sharding.experts import ExpertUnit
-from janus.sharding.logical import pieces_of, split_of, whole_of, whole_shape
+from janus.sharding.logical import pieces_of, split_of, whole_shape, wholes_of
 from janus.sharding.passes import Passes
 from janus.sharding.unit import Run, Unit, make_units, members_of
 
@@ -210,14 +210,14 @@ class Weights:
                 if slot.trainable:
                     unit.slice(slot, flat).copy_(pieces[slot.name].reshape(-1))
             found |= {name: value for name, value in unit.whole(flat).items() if name in pieces}
-        return {name: self._whole(name, found[name]) for name in pieces}
+        return wholes_of({name: found[name] for name in pieces}, self._splits, self.mesh)
 
     def state(self) -> dict[str, Tensor]:
         """The logical state dict of the model, on all ranks, as `gather` gives it. All ranks call it."""
         found: dict[str, Tensor] = dict(self.model.state_dict())
         for unit in self._units:
             found |= unit.whole(unit.shard.detach())
-        return {name: self._whole(name, found[name]) for name in self.shapes}
+        return wholes_of({name: found[name] for name in self.shapes}, self._splits, self.mesh)
 
     # Logical tensors in pieces: nothing is sent ----------------------------------------------------------------------
 
@@ -295,12 +295,6 @@ class Weights:
             broadcast_tensors(slices, self.mesh.tensor)
             broadcast_tensors([unit.shard], unit.replicas)
         self.changed()
-
-    def _whole(self, name: str, part: Tensor) -> Tensor:
-        split = self._splits.get(name)
-        if split is None or (self.mesh.tensor.size == 1 and not split.expert):
-            return part
-        return whole_of(part.to(self.mesh.device), split, self.mesh).cpu()
 
 
 def _refuse_sharded_state_dict(*_: Any, **__: Any) -> NoReturn:
