@@ -67,7 +67,7 @@ def kernels_in_use() -> Kernels:
 
 
 def check_compiler(what: str, device: torch.device, *, instead: str = "choose the kernels of torch") -> None:
-    """Compiles nothing for this device, to see whether that works.
+    """Compiles an empty function for a CPU, to see whether that works; of a GPU it looks for the package triton alone.
 
     Args:
         what: is to be compiled, in the plural, and `instead` what to do without a compiler, for messages.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """2-norm of all gradients together, a float64 scalar; of those of this rank, whatever others have."""
-    return sum_of_squares([parameter.grad for parameter in parameters if parameter.grad is not None]).sqrt()
+    return sum_of_squares(_gradients(parameters)).sqrt()
 
 
 def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
@@ -18,10 +18,7 @@ def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
 
     Squares of norms, which are in the formats of the tensors, are summed in float64.
     """
-    by_type: dict[torch.dtype, list[Tensor]] = {}
-    for tensor in tensors:
-        by_type.setdefault(tensor.dtype, []).append(tensor)
-    norms = [torch.stack(torch._foreach_norm(same)).double() for same in by_type.values()]
+    norms = [torch.stack(torch._foreach_norm(same)).double() for same in _by_type(tensors).values()]
     return torch.cat(norms).square().sum()
 
 
@@ -41,10 +38,18 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, *, norm:
     norm = gradient_norm(parameters) if norm is None else norm
     if max_norm > 0.0:
         scale = torch.where(norm.isfinite(), (max_norm / norm).clamp(max=1.0), 1.0)
-        by_type: dict[torch.dtype, list[Tensor]] = {}
-        for parameter in parameters:
-            if parameter.grad is not None:
-                by_type.setdefault(parameter.grad.dtype, []).append(parameter.grad)
-        for dtype, group in by_type.items():
+        for dtype, group in _by_type(_gradients(parameters)).items():
             torch._foreach_mul_(group, scale.to(dtype))
     return norm
+
+
+def _gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+
+def _by_type(tensors: Sequence[Tensor]) -> dict[torch.dtype, list[Tensor]]:
+    """In the groups that torch's operations for many tensors take."""
+    found: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        found.setdefault(tensor.dtype, []).append(tensor)
+    return found

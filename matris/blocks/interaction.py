@@ -96,7 +96,8 @@ class Part:
 
     def measured_of(self, graph: Connectivity) -> Tensors:
         """What it reads of `graph.measured`."""
-        return tuple(graph.measured[name] for name in self.measured)
+        found = graph.measured
+        return tuple(found[name] for name in self.measured)
 
     def on(self, graph: Connectivity) -> Callable[[Tensors, Tensors], Tensors]:
         """The function of features with what was measured, and of weights."""

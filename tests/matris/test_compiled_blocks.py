@@ -42,7 +42,7 @@ def results(model: MatRIS, batch: GraphBatch) -> list[torch.Tensor]:
 @pytest.mark.parametrize(
     ("config", "names"),
     [
-        (replace(CONFIG, num_layers=1), ["block of the last block"]),
+        (CONFIG, ["block", "block of the last block"]),
         (EXPERTS, ["line attention", "refinements", "refinements of the last block"]),
     ],
     ids=["dense", "experts"],
